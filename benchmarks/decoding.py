@@ -1,0 +1,202 @@
+"""How much faster is our constrained beam search than `generate` with a prefix function?
+
+Same weights, same beam, same renormalised scores, one process, one thread; the lists must be equal.
+Weights are random: what is timed does not depend on them, and whether lists are equal is harder to
+satisfy than on a trained model's.
+
+    python -m benchmarks.decoding [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import common
+from genrec.decoding import Beams, CSRIndex, Filters, beam_search
+from genrec.decoding.hf import prefix_allowed_tokens_fn
+from genrec.item_index import ItemIndex
+from genrec.models.base import FIRST_TOKEN, START, Backbone, Batch
+from genrec.models.decoder_only import DecoderOnly
+from genrec.models.encoder_decoder import EncoderDecoder
+
+SCORE_GAP = 1e-4  # items closer than this may change places between two float32 programs
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a case runs on."""
+
+    num_items: int
+    num_codes: int
+    num_requests: int
+    history: int
+    beam: int
+    runs: int
+    num_levels: int = 4
+
+
+def random_catalogue(size: Size, seed: int = 0) -> ItemIndex:
+    """Return unique random codes."""
+    rng = np.random.default_rng(seed)
+    shape = (2 * size.num_items, size.num_levels)
+    codes_NL = np.unique(rng.integers(0, size.num_codes, shape), axis=0)
+    codes_NL = rng.permutation(codes_NL)[: size.num_items]
+    ids = tuple(map(str, range(len(codes_NL))))
+    return ItemIndex(ids, codes_NL, (size.num_codes,) * size.num_levels)
+
+
+def random_batch(size: Size, seed: int = 1) -> Batch:
+    """Return full histories, so that the peer's padding costs nothing."""
+    rng = np.random.default_rng(seed)
+    rows_BH = rng.integers(0, size.num_items, (size.num_requests, size.history))
+    return Batch(torch.from_numpy(rows_BH))
+
+
+def spread(model: Backbone, factor: float) -> Backbone:
+    """Scale the weight matrices, so that scores lie further apart than rounding."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight *= factor
+    return model.eval()
+
+
+@torch.no_grad()
+def prompt_of(model: Backbone, batch: Batch) -> Tensor:
+    """Return START and the histories' tokens, (B, T): what both backbones read."""
+    tokens_BT = model.tokens_NL[batch.history_BH].flatten(1)
+    return torch.nn.functional.pad(tokens_BT, (1, 0), value=START)
+
+
+def peer(
+    model: EncoderDecoder | DecoderOnly, index: ItemIndex, batch: Batch, beam: int
+) -> Callable[[], Any]:
+    """Return a call of `generate` on the same weights."""
+    theirs = model.to_hugging_face()
+    prompt_BT = prompt_of(model, batch)
+    prompt_length = 1 if isinstance(model, EncoderDecoder) else prompt_BT.shape[1]
+    allowed = prefix_allowed_tokens_fn(
+        index, first_token=FIRST_TOKEN, prompt_length=prompt_length
+    )
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return theirs.generate(
+                prompt_BT,
+                attention_mask=torch.ones_like(prompt_BT),
+                num_beams=beam,
+                num_return_sequences=beam,
+                max_new_tokens=index.num_levels,
+                prefix_allowed_tokens_fn=allowed,
+                renormalize_logits=True,
+                length_penalty=0.0,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+
+    return run
+
+
+def compare(beams: Beams, output: Any, index: ItemIndex, model: Backbone) -> dict[str, Any]:
+    """Say how the lists of the two sides differ."""
+    shape = beams.rows_Bk.shape
+    tokens = output.sequences[:, -index.num_levels :].cpu() - model.level_offsets_L.cpu()
+    rows_Bk = torch.from_numpy(index.rows_of_codes(tokens.numpy())).view(shape)
+    scores_Bk = output.sequences_scores.view(shape)
+    difference_Bk = (scores_Bk - beams.logprobs_Bk).abs()
+    gaps = -torch.diff(beams.logprobs_Bk, dim=1)
+    return {
+        "equal_lists": int((rows_Bk == beams.rows_Bk).all(1).sum()),
+        "lists": shape[0],
+        "max_score_difference": float(difference_Bk.max()),
+        "smallest_gap": float(gaps.min()),
+    }
+
+
+def case_against_generate(name: str, model: Any, index: ItemIndex, size: Size) -> common.Row:
+    """Time one backbone against `generate`."""
+    batch = random_batch(size)
+    constraint = CSRIndex.from_index(index)
+
+    def ours() -> Beams:
+        with torch.inference_mode():
+            return beam_search(model, batch, constraint, width=size.beam, k=size.beam)
+
+    theirs = peer(model, index, batch, size.beam)
+    details = compare(ours(), theirs(), index, model)
+    equal = details["equal_lists"] == details["lists"]
+    timings = common.alternate(ours, theirs, runs=size.runs, warm_up=0)
+    return common.Row.of_timings(
+        name, "hf_generate", *timings, equal, **details, beam=size.beam, items=len(index)
+    )
+
+
+def case_denied_items(model: Any, index: ItemIndex, size: Size, denied: int) -> common.Row:
+    """Time a search with denied items against the same without; equal: none of them is returned."""
+    batch, constraint = random_batch(size), CSRIndex.from_index(index)
+    rng = np.random.default_rng(2)
+    lists = [rng.choice(len(index), denied, replace=False) for _ in range(size.num_requests)]
+
+    def search(filters: Filters | None) -> Beams:
+        with torch.inference_mode():
+            return beam_search(
+                model, batch, constraint, width=size.beam, k=size.beam, filters=filters
+            )
+
+    found = search(Filters(exclude=lists)).rows_Bk.numpy()
+    clean = not any(np.isin(found[b], lists[b]).any() for b in range(len(lists)))
+    timings = common.alternate(
+        lambda: search(Filters(exclude=lists)), lambda: search(None), runs=2 * size.runs
+    )
+    name = f"{denied} denied items a request"
+    return common.Row.of_timings(name, "ours_without_filter", *timings, clean)
+
+
+def encoder_decoder(index: ItemIndex, size: Size, **options: Any) -> Backbone:
+    """Return a random T5-style model of TIGER's size."""
+    torch.manual_seed(0)
+    config = EncoderDecoder.Config(max_history=size.history, **options)
+    return spread(EncoderDecoder.from_index(config, index), 1.5)
+
+
+def decoder_only(index: ItemIndex, size: Size, **options: Any) -> Backbone:
+    """Return a random causal model."""
+    torch.manual_seed(0)
+    config = DecoderOnly.Config(max_history=size.history, **options)
+    return spread(DecoderOnly.from_index(config, index), 4.0)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run all cases; see the module's text."""
+    arguments = common.parser(__doc__).parse_args(argv)
+    common.one_thread()
+    quick = arguments.quick
+    tiger = Size(12_101, 256, 32, 20, 20, runs=5)
+    prompt = Size(12_101, 256, 4, 60, 20, runs=5)
+    if quick:
+        tiger, prompt = Size(2_000, 64, 4, 10, 10, runs=3), Size(2_000, 64, 2, 20, 10, runs=3)
+    tiger_index, prompt_index = random_catalogue(tiger), random_catalogue(prompt)
+    small = {"d_model": 64, "num_layers": 2, "num_heads": 2, "d_ff": 128} if quick else {}
+    large = small or {"d_model": 256, "num_layers": 6, "num_heads": 8, "d_ff": 768}
+    t5, causal = encoder_decoder(tiger_index, tiger, **small), decoder_only(
+        prompt_index, prompt, **large
+    )
+    one = Size(tiger.num_items, tiger.num_codes, 1, tiger.history, tiger.beam, tiger.runs)
+    rows = [
+        case_against_generate("encoder_decoder", t5, tiger_index, tiger),
+        case_against_generate("encoder_decoder, one request", t5, tiger_index, one),
+        case_against_generate("decoder_only", causal, prompt_index, prompt),
+        case_denied_items(t5, tiger_index, tiger, 100 if quick else 1_000),
+    ]
+    return common.report(rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Constrained decoding: from a model and the catalogue's tree to ranked items.
+
+`beam_search` and `exact_search` find lists, `score_candidates` and `score_catalogue` score given
+items; `CSRIndex` is the tree that they walk, `Trie` and `reference_beam_search` the readable twins.
+Networks meet this room only through the `StepModel` protocol.
+"""
+
+from genrec.decoding.beam import beam_search
+from genrec.decoding.csr import CSRIndex
+from genrec.decoding.exact import exact_search, score_candidates, score_catalogue
+from genrec.decoding.protocol import Beams, Children, ConstraintIndex, Filters, Scoring, StepModel
+from genrec.decoding.trie import Trie, reference_beam_search
+
+__all__ = [
+    "Beams",
+    "CSRIndex",
+    "Children",
+    "ConstraintIndex",
+    "Filters",
+    "Scoring",
+    "StepModel",
+    "Trie",
+    "beam_search",
+    "exact_search",
+    "reference_beam_search",
+    "score_candidates",
+    "score_catalogue",
+]

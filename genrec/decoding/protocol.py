@@ -1,0 +1,179 @@
+"""What does the search need of a network and of an index, and what does it give back?
+
+The protocols and data classes of the decoding room. Networks meet the search through `StepModel`
+only; this file knows neither how logits are made nor how an index is stored.
+
+Shapes: B requests, W beam width, R = B*W rows, C children, K codes, L levels, k list length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genrec.errors import UserError
+
+Scoring = Literal["renormalized", "level"]
+NO_ROW = -1
+
+
+class StepModel(Protocol):
+    """A generator of semantic IDs, one level at a time.
+
+    A state belongs to whoever got it: `step` returns a new one and leaves the given one usable, so
+    that several searches can go on from the same prefill.
+    """
+
+    def begin(self, batch: Any) -> tuple[Tensor, Any]:
+        """Read the histories of B requests.
+
+        Returns:
+            Unnormalised logits of level 0, (B, K_0) with column = code, and the state.
+        """
+
+    def step(self, codes_R: Tensor, state: Any, parents_R: Tensor) -> tuple[Tensor, Any]:
+        """Append one code to every row.
+
+        Args:
+            codes_R: int64, the code just chosen at the previous level; R = B*W, the W rows of a
+                request side by side. W may differ from call to call.
+            state: what the previous call returned.
+            parents_R: int64, the row of the previous call that each row extends (for the first
+                step: the request). Parents of a request's rows belong to that request.
+
+        Returns:
+            Unnormalised logits of the next level, (R, K_l), and the new state.
+        """
+
+
+@dataclass(frozen=True)
+class Children:
+    """The children of R nodes, padded to C columns, in ascending order of their codes.
+
+    Args:
+        codes_RC: int64 code of each child (any code where not valid).
+        states_RC: int64 node of each child (any node of that depth where not valid).
+        valid_RC: bool.
+    """
+
+    codes_RC: Tensor
+    states_RC: Tensor
+    valid_RC: Tensor
+
+
+class ConstraintIndex(Protocol):
+    """The catalogue as a tree: a node is a prefix of semantic IDs, a leaf is an item."""
+
+    @property
+    def depth(self) -> int:
+        """Number of levels L."""
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of codes of each level."""
+
+    @property
+    def num_items(self) -> int:
+        """Number of leaves N."""
+
+    def root(self, num_rows: int) -> Tensor:
+        """Return the root node `num_rows` times, int64."""
+
+    def children(self, states_R: Tensor, level: int) -> Children:
+        """Return the children of nodes whose prefix has `level` codes (0 for the root)."""
+
+    def row(self, states_R: Tensor) -> Tensor:
+        """Return the catalogue rows of leaves, int64."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which items a request may get; rows of -1 are padding and mean nothing.
+
+    Both together mean "allowed and not excluded". Nothing left gives an empty (padded) list, not an
+    error.
+
+    Args:
+        exclude: per request, catalogue rows that may not be returned (None: none).
+        allow: per request, the only rows that may be returned (None: all).
+    """
+
+    exclude: Sequence[np.ndarray | None] | None = None
+    allow: Sequence[np.ndarray | None] | None = None
+
+    def rows_of_request(
+        self, request: int, num_items: int
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return (denied rows, allowed rows) of a request; at most one of them is not None.
+
+        Raises:
+            UserError: a row outside the catalogue.
+        """
+        denied = _rows(self.exclude, request, num_items, "exclude")
+        allowed = _rows(self.allow, request, num_items, "allow")
+        if allowed is not None and denied is not None:
+            return None, np.setdiff1d(allowed, denied, assume_unique=True)
+        return denied, allowed
+
+    def check(self, num_requests: int) -> None:
+        """Raise `UserError` unless there is one entry per request."""
+        for name, lists in (("exclude", self.exclude), ("allow", self.allow)):
+            if lists is not None and len(lists) != num_requests:
+                raise UserError(
+                    f"filters.{name}: got {len(lists)} lists for {num_requests} requests. "
+                    "Give one list of rows per request (None or an empty array for no rule)."
+                )
+
+
+def _rows(
+    lists: Sequence[np.ndarray | None] | None, request: int, num_items: int, name: str
+) -> np.ndarray | None:
+    if lists is None or lists[request] is None:
+        return None
+    rows = np.unique(np.asarray(lists[request], dtype=np.int64).reshape(-1))
+    rows = rows[rows != NO_ROW]
+    if len(rows) and (rows[0] < 0 or rows[-1] >= num_items):
+        wrong = rows[0] if rows[0] < 0 else rows[-1]
+        raise UserError(
+            f"filters.{name}[{request}]: got row {wrong}, expected 0 <= row < {num_items}. "
+            "Take rows from the ItemIndex that the constraint was built from (rows_of)."
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Beams:
+    """Best-first lists, always k columns; ties are ordered by row.
+
+    Args:
+        rows_Bk: int64 catalogue rows, -1 where a list is shorter than k.
+        logprobs_Bk: float32 natural log-probabilities, -inf where padded.
+        codes_BkL: int64 semantic IDs, -1 where padded.
+        certified_B: bool; True where the list provably is the top k of all items that the request
+            may get, in the right order.
+    """
+
+    rows_Bk: Tensor
+    logprobs_Bk: Tensor
+    codes_BkL: Tensor
+    certified_B: Tensor
+
+
+def check_search(width: int, k: int, num_items: int, scoring: str) -> None:
+    """Raise `UserError` on a width, k or scoring that no search can serve."""
+    if width < 1:
+        raise UserError(f"width: got {width}, expected an integer >= 1. Set e.g. width=20.")
+    if k < 1:
+        raise UserError(f"k: got {k}, expected an integer >= 1. Set e.g. k=10.")
+    if min(k, num_items) > width:
+        raise UserError(
+            f"k: got {k} with width {width}; a beam of {width} gives at most {width} items. "
+            f"Raise width to {min(k, num_items)} or more, or lower k."
+        )
+    if scoring not in ("renormalized", "level"):
+        raise UserError(f"scoring: got {scoring!r}, expected 'renormalized' or 'level'.")

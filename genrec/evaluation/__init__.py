@@ -1,0 +1,1 @@
+"""Is it good, is it calibrated, and how sure are we? Metrics, intervals, reliability, report."""

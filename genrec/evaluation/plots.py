@@ -1,0 +1,194 @@
+"""The pictures of a report, as inline SVG text. It knows arrays and labels, not their origin.
+
+matplotlib (extra `plots`) is imported when the first picture is drawn. Colours are written as CSS
+variables and text as `currentColor`, so one picture suits light, dark and print; everything that
+refers outside the page is taken out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Stand-ins that matplotlib accepts as colours; `_to_inline` turns them into CSS.
+_TEXT, _GRID = "#010101", "#020202"
+_SERIES = ("#030301", "#030302", "#030303", "#030304", "#030305")
+_CSS = {
+    _TEXT: "currentColor",
+    _GRID: "var(--grid)",
+    **{color: f"var(--series-{i + 1})" for i, color in enumerate(_SERIES)},
+}
+_DASHES = ("-", "--", ":", "-.")
+_WIDTH = 5.4  # inches: about the width of a phone at the font size below
+_FONT = 11
+
+
+def have_matplotlib() -> bool:
+    """Return whether pictures can be drawn here."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def training_curve(curves: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Draw loss and validation metric by step, one line per seed.
+
+    Args:
+        curves: each with `label`, `train` [(step, loss)], `valid` [(step, metric)].
+        name: prefix of ids inside the picture, unique in the page.
+
+    Returns:
+        an <svg> element.
+    """
+    figure, axes = _figure(2, 4.4)
+    for number, curve in enumerate(curves):
+        style = {
+            "color": _SERIES[number % len(_SERIES)],
+            "linestyle": _DASHES[number % len(_DASHES)],
+            "label": str(curve["label"]).replace("$", r"\$"),
+        }
+        for axis, key in zip(axes, ("train", "valid"), strict=True):
+            points = np.asarray(curve.get(key) or np.empty((0, 2)), dtype=float).reshape(-1, 2)
+            marker = "o" if len(points) < 30 else None
+            axis.plot(points[:, 0], points[:, 1], marker=marker, markersize=3, **style)
+    axes[0].set_ylabel("training loss (nats)")
+    axes[1].set_ylabel("validation NDCG@10")
+    axes[1].set_xlabel("step")
+    if len(curves) > 1:
+        _legend(axes[0])
+    return _svg(figure, name)
+
+
+def code_usage(levels: Sequence[np.ndarray], name: str) -> str:
+    """Draw how many items hold each code of each level, most used code first.
+
+    Args:
+        levels: for each level the number of items per code, (K,).
+        name: prefix of ids inside the picture.
+
+    Returns:
+        an <svg> element.
+    """
+    figure, axes = _figure(len(levels), 1.0 + 1.25 * len(levels))
+    for number, (axis, counts) in enumerate(zip(axes, levels, strict=True)):
+        ordered = np.sort(np.asarray(counts, dtype=float))[::-1]
+        edges = np.arange(len(ordered) + 1)
+        axis.stairs(ordered, edges, fill=True, color=_SERIES[0], alpha=0.85)
+        axis.axhline(ordered.mean(), color=_SERIES[1], linestyle="--", linewidth=1.2)
+        axis.set_ylabel(f"level {number + 1}")
+        axis.set_xlim(0, len(ordered))
+        axis.set_ylim(bottom=0)
+    axes[-1].set_xlabel("code, most used first (dashed: all equally often)")
+    return _svg(figure, name)
+
+
+def reliability_diagram(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], name: str
+) -> str:
+    """Draw predicted against actual hit rate of equal-mass bins, on log axes, with counts below.
+
+    Args:
+        before: bins as of `genrec.evaluation.reliability.Bin` (may be empty).
+        after: bins after calibration (may be empty).
+        name: prefix of ids inside the picture.
+
+    Returns:
+        an <svg> element. A bin without a hit stands at the lower edge with its interval.
+    """
+    figure, axes = _figure(2, 5.2, ratios=(3, 1))
+    bins = [b for b in (*before, *after) if b["predicted"] > 0]
+    values = [b["predicted"] for b in bins] + [b["actual"] for b in bins if b["actual"] > 0]
+    low, high = 0.5 * min(values, default=1e-4), min(1.0, 2.0 * max(values, default=1.0))
+    axes[0].plot([low, high], [low, high], color=_GRID, linewidth=1.5, label="perfect")
+    looks = ((before, "before", _SERIES[1], "s", "none"), (after, "after", _SERIES[0], "o", None))
+    for series, label, color, marker, face in looks:
+        shown = [b for b in series if b["predicted"] > 0]
+        if not shown:
+            continue
+        x = np.array([b["predicted"] for b in shown])
+        y = np.maximum([b["actual"] for b in shown], low)
+        ends = np.clip([b["ci"] for b in shown], low, high).T
+        spread = np.maximum(np.stack([y - ends[0], ends[1] - y]), 0.0)
+        fill = color if face is None else face
+        axes[0].errorbar(
+            x,
+            y,
+            yerr=spread,
+            color=color,
+            marker=marker,
+            markerfacecolor=fill,
+            markersize=5,
+            linestyle="none",
+            elinewidth=1,
+            label=label,
+        )
+        axes[1].plot(
+            x,
+            [b["count"] for b in shown],
+            color=color,
+            marker=marker,
+            markerfacecolor=fill,
+            markersize=5,
+            linestyle="none",
+        )
+    axes[0].set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    axes[0].set_ylabel("actual hit rate")
+    _legend(axes[0])
+    axes[1].set_xlabel("predicted probability (mean of the bin)")
+    axes[1].set_ylabel("pairs")
+    axes[1].set_ylim(bottom=0)
+    return _svg(figure, name)
+
+
+def _figure(rows: int, height: float, *, ratios: Sequence[float] = ()) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    keywords = {"height_ratios": ratios} if ratios else {}
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False, gridspec_kw=keywords)[:, 0]
+    for axis in axes:
+        axis.grid(True, color=_GRID, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(colors=_TEXT, labelsize=_FONT - 1, which="both")
+        axis.xaxis.label.set(color=_TEXT, fontsize=_FONT)
+        axis.yaxis.label.set(color=_TEXT, fontsize=_FONT)
+        for side, spine in axis.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_edgecolor(_TEXT)
+    return figure, axes
+
+
+def _legend(axis: Any) -> None:
+    axis.legend(frameon=False, labelcolor=_TEXT, fontsize=_FONT - 1)
+
+
+def _svg(figure: Any, name: str) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _to_inline(buffer.getvalue(), name)
+
+
+def _to_inline(svg: str, name: str) -> str:
+    """Keep the drawing only: no prolog, metadata, namespaces, foreign fonts or clashing ids."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r"font-family: [^;\"]*;?\s*", "", svg)
+    for color, css in _CSS.items():
+        svg = svg.replace(color, css)
+    return re.sub(
+        r'<svg\b[^>]*?viewBox="([^"]+)"[^>]*>',
+        r'<svg viewBox="\1" aria-hidden="true" focusable="false">',
+        svg,
+        count=1,
+    ).strip()

@@ -1,0 +1,220 @@
+"""ItemIndex: the bijection between item ids, code rows and model tokens.
+
+The hub of the framework: everything downstream stores its fingerprint. It knows nothing about how
+codes were learned; tokenizers and collision policies meet it through the protocols below.
+
+Shapes: N items, M queried items, L levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from genrec.artifacts import fingerprint, load_artifact, save_artifact
+from genrec.errors import UserError
+
+IntArray = np.ndarray
+MISSING_ROW = -1
+
+
+class CollisionPolicy(Protocol):
+    """Turns code rows with duplicates into unique ones (see `genrec.tokenizers.collisions`)."""
+
+    def __call__(
+        self, codes_NL: IntArray, codebook_sizes: Sequence[int], item_ids: Sequence[str]
+    ) -> tuple[IntArray, tuple[int, ...]]:
+        """Return unique codes (N, L') and the sizes of their L' levels."""
+
+
+class CodesItems(Protocol):
+    """What `ItemIndex.build` needs of a fitted tokenizer."""
+
+    codebook_sizes: tuple[int, ...]
+
+    def encode(self, catalog: Any) -> IntArray:
+        """Return codes (M, L)."""
+
+    def collision_policy(self, name: str) -> CollisionPolicy:
+        """Return the policy registered under `name`."""
+
+
+@dataclass(frozen=True, eq=False)
+class ItemIndex:
+    """Immutable, fingerprinted bijection item id <-> row <-> codes <-> tokens.
+
+    Args:
+        item_ids: N unique strings; the position is the item's row.
+        codes: (N, L) int32, unique rows, 0 <= codes[:, l] < codebook_sizes[l].
+        codebook_sizes: L sizes >= 1.
+
+    Raises:
+        UserError: lengths that differ, duplicate ids or rows, or codes out of range.
+    """
+
+    item_ids: tuple[str, ...]
+    codes: IntArray
+    codebook_sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "item_ids", tuple(str(i) for i in self.item_ids))
+        object.__setattr__(self, "codebook_sizes", tuple(int(k) for k in self.codebook_sizes))
+        codes = np.ascontiguousarray(self.codes, dtype=np.int32)
+        codes.setflags(write=False)
+        object.__setattr__(self, "codes", codes)
+        self._check()
+
+    def _check(self) -> None:
+        expected = (len(self.item_ids), len(self.codebook_sizes))
+        if self.codes.shape != expected:
+            raise UserError(
+                f"ItemIndex: got codes of shape {self.codes.shape}, expected {expected} "
+                "(items, levels)."
+            )
+        if len(self._row_by_id) != len(self.item_ids):
+            raise UserError("ItemIndex: item ids repeat; expected each item once.")
+        sizes = np.asarray(self.codebook_sizes)
+        if self.codes.size and ((self.codes < 0) | (self.codes >= sizes)).any():
+            raise UserError(
+                f"ItemIndex: codes lie outside their levels' sizes {self.codebook_sizes}."
+            )
+        if len(np.unique(self.codes, axis=0)) != len(self.codes):
+            raise UserError(
+                "ItemIndex: several items share one semantic ID. Resolve collisions first "
+                "(collisions='extra_level')."
+            )
+
+    @classmethod
+    def build(
+        cls, tokenizer: CodesItems, catalog: Any, *, collisions: str | CollisionPolicy
+    ) -> ItemIndex:
+        """Encode a catalogue and make the codes unique.
+
+        Args:
+            tokenizer: a fitted tokenizer.
+            catalog: what it encodes; its `item_ids` become the rows.
+            collisions: a policy, or the name of one.
+        """
+        codes = tokenizer.encode(catalog)
+        policy = (
+            tokenizer.collision_policy(collisions) if isinstance(collisions, str) else collisions
+        )
+        codes, sizes = policy(codes, tokenizer.codebook_sizes, catalog.item_ids)
+        return cls(tuple(catalog.item_ids), codes, tuple(sizes))
+
+    @cached_property
+    def _row_by_id(self) -> dict[str, int]:
+        return {item: row for row, item in enumerate(self.item_ids)}
+
+    @cached_property
+    def _row_by_codes(self) -> dict[tuple[int, ...], int]:
+        return {tuple(codes): row for row, codes in enumerate(self.codes.tolist())}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of ids, codes and sizes."""
+        return fingerprint(list(self.item_ids), self.codes, list(self.codebook_sizes))
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def num_levels(self) -> int:
+        """Number of codes of an item (L)."""
+        return len(self.codebook_sizes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the token range of all levels together."""
+        return sum(self.codebook_sizes)
+
+    @cached_property
+    def level_offsets(self) -> IntArray:
+        """First token of each level relative to the first code token, (L,) int64."""
+        return np.concatenate([[0], np.cumsum(self.codebook_sizes)[:-1]]).astype(np.int64)
+
+    def rows_of(
+        self, item_ids: Iterable[str], *, missing: Literal["error", "skip", "mark"] = "error"
+    ) -> IntArray:
+        """Return the rows of item ids, int64.
+
+        Args:
+            item_ids: external ids.
+            missing: "error" raises with the unknown ids, "skip" leaves them out, "mark" puts -1.
+        """
+        ids = [str(i) for i in item_ids]
+        rows = np.array([self._row_by_id.get(i, MISSING_ROW) for i in ids], dtype=np.int64)
+        if missing == "skip":
+            return rows[rows >= 0]
+        if missing == "error" and (rows < 0).any():
+            unknown = [i for i, row in zip(ids, rows, strict=True) if row < 0]
+            shown = ", ".join(repr(i) for i in unknown[:10])
+            raise UserError(
+                f"{len(unknown)} item(s) not in the catalogue: {shown}"
+                f"{' ...' if len(unknown) > 10 else ''}. Expected ids as in the raw data."
+            )
+        return rows
+
+    def codes_of(
+        self, item_ids: Iterable[str], *, missing: Literal["error", "skip"] = "error"
+    ) -> IntArray:
+        """Return the codes (M, L) of item ids; unknown ones raise or are left out."""
+        return self.codes[self.rows_of(item_ids, missing=missing)]
+
+    def rows_of_codes(self, codes_ML: IntArray) -> IntArray:
+        """Return the rows (M,) int64 of semantic IDs, -1 where no item has that semantic ID."""
+        found = [self._row_by_codes.get(tuple(c), MISSING_ROW) for c in np.asarray(codes_ML).tolist()]
+        return np.array(found, dtype=np.int64)
+
+    def to_tokens(self, codes_ML: IntArray, first_token: int) -> IntArray:
+        """Return tokens: first_token + level offset + code (the only home of level offsets)."""
+        return np.asarray(codes_ML, dtype=np.int64) + self.level_offsets + first_token
+
+    def tokens(self, first_token: int = 0) -> IntArray:
+        """Return the tokens of all items, (N, L) int64."""
+        return self.to_tokens(self.codes, first_token)
+
+    def add(self, item_ids: Sequence[str], codes: IntArray) -> ItemIndex:
+        """Return an index with items appended; no existing row or code changes."""
+        return ItemIndex(
+            (*self.item_ids, *map(str, item_ids)),
+            np.concatenate([self.codes, np.asarray(codes, dtype=np.int32)]),
+            self.codebook_sizes,
+        )
+
+    def remove(self, item_ids: Iterable[str]) -> ItemIndex:
+        """Return an index without these items; the others keep their codes, rows close up."""
+        gone = set(self.rows_of(item_ids).tolist())
+        keep = [row for row in range(len(self)) if row not in gone]
+        return ItemIndex(
+            tuple(self.item_ids[row] for row in keep), self.codes[keep], self.codebook_sizes
+        )
+
+    def save(self, path: str | Path, *, upstream: dict[str, str] | None = None) -> None:
+        """Write the index as an artifact folder."""
+        save_artifact(
+            path,
+            kind="index",
+            arrays={"codes": self.codes},
+            upstream=upstream,
+            extra={
+                "item_ids": list(self.item_ids),
+                "codebook_sizes": list(self.codebook_sizes),
+                "index_fingerprint": self.fingerprint,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> ItemIndex:
+        """Read an index artifact; raises `ArtifactError` if it is damaged."""
+        artifact = load_artifact(path, kind="index")
+        return cls(
+            tuple(artifact.extra["item_ids"]),
+            artifact.arrays["codes"],
+            tuple(artifact.extra["codebook_sizes"]),
+        )

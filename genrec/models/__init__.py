@@ -1,0 +1,7 @@
+"""Which backbones a config can name. Importing this module imports no torch."""
+
+BACKBONES = {
+    "encoder_decoder": "genrec.models.encoder_decoder:EncoderDecoder",
+    "decoder_only": "genrec.models.decoder_only:DecoderOnly",
+}
+"""Name in YAML -> "module:Class"."""

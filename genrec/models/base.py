@@ -1,0 +1,299 @@
+"""Backbone: what a network must do to be trained and searched, and what all of them share.
+
+Owns the model's vocabulary (two special tokens, then the code tokens of all levels), the loss per
+item and the batch format. It knows nothing about tries, beams, optimizers or item ids: a history is
+item rows, an answer is logits over one level's codes.
+
+Shapes: B requests, H history items, N items, L levels, K codes of a level, V vocabulary,
+R = B*W live rows of a search, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genrec.config import StrictConfig
+from genrec.errors import ConfigError, UserError
+from genrec.item_index import ItemIndex
+
+PAD, START, FIRST_TOKEN = 0, 1, 2
+IGNORED = -100  # what torch's cross_entropy skips
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Histories, and for training optionally what follows them.
+
+    Args:
+        history_BH: int64 item rows, oldest first, right-padded with -1; a row of only -1 is an
+            empty history.
+        target_B: int64 item rows to predict; needed by `loss` where `training_unit` is "target".
+    """
+
+    history_BH: Tensor
+    target_B: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.history_BH.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Return the batch on `device`."""
+        target = self.target_B
+        return Batch(
+            self.history_BH.to(device, non_blocking=non_blocking),
+            None if target is None else target.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Negative log-likelihood of items in nats; `loss` is the mean of -log p(item).
+
+    Args:
+        loss: scalar, `loss_sum / num_targets` (0 for a batch without targets).
+        loss_sum: scalar, summed over levels and items.
+        num_targets: int64 scalar, number of items predicted. Both are needed to average exactly
+            over accumulated batches and processes.
+    """
+
+    loss: Tensor
+    loss_sum: Tensor
+    num_targets: Tensor
+
+    @classmethod
+    def of(cls, loss_sum: Tensor, num_targets: Tensor) -> LossOutput:
+        """Divide, without a host synchronisation and without 0/0."""
+        return cls(loss_sum / num_targets.clamp(min=1), loss_sum, num_targets)
+
+
+def pad_histories(
+    histories: Sequence[np.ndarray | Sequence[int]],
+    max_history: int,
+    *,
+    targets: Sequence[int] | np.ndarray | None = None,
+) -> Batch:
+    """Collate histories of item rows into a right-padded batch.
+
+    Args:
+        histories: B arrays of item rows, oldest first; may be empty.
+        max_history: only the last `max_history` items of each are kept.
+        targets: B item rows.
+
+    Returns:
+        a CPU batch as wide as its longest kept history (at least 1).
+
+    >>> pad_histories([[4, 5, 6], []], max_history=2).history_BH.tolist()
+    [[5, 6], [-1, -1]]
+    """
+    kept = [np.asarray(h, dtype=np.int64)[-max_history:] for h in histories]
+    padded = np.full((len(kept), max((len(h) for h in kept), default=1) or 1), -1, dtype=np.int64)
+    for row, history in zip(padded, kept, strict=True):
+        row[: len(history)] = history
+    target_B = None if targets is None else torch.as_tensor(np.asarray(targets, dtype=np.int64))
+    return Batch(torch.from_numpy(padded), target_B)
+
+
+def keep_last(history_BH: Tensor, limit: int) -> Tensor:
+    """Return the last `limit` items of each right-padded history, right-padded again."""
+    if history_BH.shape[1] <= limit:
+        return history_BH
+    start_B1 = ((history_BH >= 0).sum(1, keepdim=True) - limit).clamp(min=0)
+    return history_BH.gather(1, start_B1 + torch.arange(limit, device=history_BH.device))
+
+
+class Backbone(nn.Module, ABC):
+    """A network that turns histories into the codes of the next item, level by level.
+
+    Args:
+        config: the leaf's `Config`.
+        tokens_NL: (N, L) int64 code tokens of all items, level offsets included, specials not
+            (`ItemIndex.tokens(0)`).
+        codebook_sizes: L sizes.
+
+    Raises:
+        UserError: tokens whose shape or range does not fit `codebook_sizes`.
+    """
+
+    class Config(StrictConfig):
+        """What every backbone can be told."""
+
+        max_history: int = Field(default=50, ge=1)
+        """Items of the history that the model sees; older ones are dropped."""
+        d_model: int = Field(default=128, ge=1)
+        """Width of the residual stream."""
+        num_layers: int = Field(default=4, ge=1)
+        """Transformer layers (encoder and decoder have this many each)."""
+        num_heads: int = Field(default=4, ge=1)
+        """Attention heads."""
+        d_ff: int = Field(default=512, ge=1)
+        """Inner width of the feed-forward blocks."""
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+        """Dropout probability on embeddings and block outputs."""
+        attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+        """Dropout probability on attention weights; above 0 the fused CPU kernels are not used."""
+        softmax: Literal["level", "vocabulary"] = "level"
+        """Training loss normalises over the codes of the level, or over all tokens."""
+        tie_embeddings: bool = True
+        """Output rows are the input embeddings."""
+
+    config: Config
+    training_unit: ClassVar[Literal["target", "sequence"]]
+    """"target": `loss` predicts `target_B` from the history. "sequence": `history_BH` is a whole
+    sequence and every item in it is a target (`target_B` is ignored)."""
+
+    tokens_NL: Tensor
+    level_offsets_L: Tensor
+
+    def __init__(self, config: Config, tokens_NL: Tensor, codebook_sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.config = config
+        self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
+        self.num_levels = len(self.codebook_sizes)
+        self.num_tokens = FIRST_TOKEN + sum(self.codebook_sizes)
+        offsets = torch.tensor([0, *self.codebook_sizes[:-1]]).cumsum(0) + FIRST_TOKEN
+        self._first_tokens = tuple(offsets.tolist())
+        # Not persistent: the item index is an artifact of its own, with its own fingerprint.
+        self.register_buffer("level_offsets_L", offsets, persistent=False)
+        self.register_buffer("tokens_NL", self._checked(tokens_NL), persistent=False)
+        self.embedding = nn.Embedding(self.num_tokens, config.d_model)
+        if not config.tie_embeddings:
+            self.output = nn.Linear(config.d_model, self.num_tokens, bias=False)
+
+    @classmethod
+    def from_index(cls, config: Config, index: ItemIndex) -> Self:
+        """Build a backbone with fresh weights for an item index."""
+        return cls(config, torch.from_numpy(index.tokens()), index.codebook_sizes)
+
+    def _checked(self, tokens_NL: Tensor) -> Tensor:
+        tokens_NL = torch.as_tensor(tokens_NL, dtype=torch.int64) + FIRST_TOKEN
+        if tokens_NL.ndim != 2 or tokens_NL.shape[1] != self.num_levels:
+            raise UserError(
+                f"tokens_NL: got shape {tuple(tokens_NL.shape)}, expected (items, "
+                f"{self.num_levels}) for the codebook sizes {self.codebook_sizes}. Pass "
+                "index.tokens() and index.codebook_sizes of one item index."
+            )
+        codes_NL = tokens_NL - self.level_offsets_L
+        if ((codes_NL < 0) | (codes_NL >= torch.tensor(self.codebook_sizes))).any():
+            raise UserError(
+                f"tokens_NL: tokens lie outside their levels' ranges {self.codebook_sizes}. Pass "
+                "index.tokens() (first token 0), not bare codes."
+            )
+        return tokens_NL
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> LossOutput:
+        """Return the mean over target items of -log p(item | history), and its parts."""
+
+    @abstractmethod
+    def begin(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Read the histories once.
+
+        Returns:
+            unnormalised float32 logits of level 0, (B, K_0), column = code; and a state for
+            `step`, whose rows are the B requests.
+        """
+
+    @abstractmethod
+    def step(self, codes_R: Tensor, state: Any, parents_R: Tensor) -> tuple[Tensor, Any]:
+        """Extend live rows by one code and score the next level.
+
+        Args:
+            codes_R: int64 codes of the level that was scored last, one per new row. R = B*W, the
+                rows of a request contiguous; W is the same for all requests and may change from
+                step to step.
+            state: what the previous `begin` or `step` returned.
+            parents_R: int64, which row of that call (of `begin`: which request) each new row
+                extends; a row of the same request.
+
+        Returns:
+            unnormalised float32 logits (R, K_l) of the next level, and the new state. The old
+            state stays valid.
+        """
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Return `loss(batch)`: wrappers such as DistributedDataParallel call the module."""
+        return self.loss(batch)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    def output_weight_VD(self) -> Tensor:
+        """Rows that score tokens."""
+        return self.embedding.weight if self.config.tie_embeddings else self.output.weight
+
+    def history_tokens(self, history_BH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return START and the items' tokens, (B, 1 + H*L), PAD where padded; and which exist."""
+        valid_BH = history_BH >= 0
+        tokens_BHL = self.tokens_NL[history_BH.clamp(min=0)]
+        tokens_BT = tokens_BHL.masked_fill(~valid_BH.unsqueeze(-1), PAD).flatten(1)
+        exists_BT = valid_BH.repeat_interleave(self.num_levels, dim=1)
+        return F.pad(tokens_BT, (1, 0), value=START), F.pad(exists_BT, (1, 0), value=True)
+
+    def code_tokens(self, codes_R: Tensor, level: int) -> Tensor:
+        """Return the model tokens of codes of one level."""
+        return codes_R + self._first_tokens[level]
+
+    def level_logits(self, hidden: Tensor, level: int) -> Tensor:
+        """Return logits over the codes of one level, (..., D) -> (..., K_l).
+
+        Only the level's rows of the output matrix are multiplied: with a large vocabulary the
+        other rows are most of the cost.
+        """
+        first = self._first_tokens[level]
+        weight_KD = self.output_weight_VD[first : first + self.codebook_sizes[level]]
+        return F.linear(hidden, weight_KD).float()
+
+    def items_nll(self, hidden_MLD: Tensor, tokens_ML: Tensor, valid_M: Tensor) -> LossOutput:
+        """Return the loss of M items from the hidden states that predict their L tokens.
+
+        Args:
+            hidden_MLD: state that predicts level l of item m.
+            tokens_ML: the items' tokens (anything where not valid).
+            valid_M: bool, which items count.
+        """
+        total = hidden_MLD.new_zeros((), dtype=torch.float32)
+        for level in range(self.num_levels):
+            hidden_MD, tokens_M = hidden_MLD[:, level], tokens_ML[:, level]
+            if self.config.softmax == "level":
+                logits, target_M = self.level_logits(hidden_MD, level), tokens_M
+                target_M = tokens_M - self._first_tokens[level]
+            else:
+                logits, target_M = F.linear(hidden_MD, self.output_weight_VD).float(), tokens_M
+            target_M = target_M.masked_fill(~valid_M, IGNORED)
+            total = total + F.cross_entropy(logits, target_M, reduction="sum")
+        return LossOutput.of(total, valid_M.sum())
+
+
+def check_heads(config: Backbone.Config) -> int:
+    """Return the width of a head, or raise `ConfigError` if the heads do not divide the model."""
+    width, rest = divmod(config.d_model, config.num_heads)
+    if rest or width % 2:
+        raise ConfigError(
+            f"model.num_heads: got {config.num_heads} heads for d_model {config.d_model}, expected "
+            "a number of heads that leaves an even width per head, e.g. "
+            f"model.num_heads={max(1, config.d_model // 32)} model.d_model="
+            f"{32 * max(1, config.d_model // 32)}."
+        )
+    return width
+
+
+def select_rows(batch: Batch, rows: Tensor) -> Batch:
+    """Return the requests `rows` of a batch."""
+    target = batch.target_B
+    return replace(
+        batch,
+        history_BH=batch.history_BH[rows],
+        target_B=None if target is None else target[rows],
+    )

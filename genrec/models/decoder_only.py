@@ -1,0 +1,304 @@
+"""DecoderOnly: a causal transformer over the code tokens of a whole history.
+
+One causal pass trains every item of a sequence. RoPE, RMSNorm before each block, SwiGLU, tied
+embeddings: the mathematics of Llama, so `to_hugging_face` is exact. It refuses to know how long a
+search is or how wide: `step` is given rows and their parents.
+
+Tokens of a history: START, then L tokens per item. Position p therefore predicts level p mod L of
+item p // L, and START alone is the empty history.
+
+Shapes: B requests, H history items, L levels, T = 1 + H*L tokens, R live rows, h heads, d width of
+a head, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genrec.errors import UserError
+from genrec.models.base import PAD, START, Backbone, Batch, LossOutput, check_heads, keep_last
+from genrec.models.layers import (
+    FeedForward,
+    merge_heads,
+    rotary_tables,
+    rotate,
+    shared_prompt_attention,
+    split_heads,
+)
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+KeysValues = tuple[Tensor, Tensor]
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """What a search has read and chosen so far.
+
+    Args:
+        level: the level that was scored last.
+        lengths_B: prompt tokens of each request, START included.
+        visible_BT: which prompt positions exist.
+        prompt: per layer, keys and values (B, h, T, d); one copy per request.
+        own: per layer, keys and values (R, h, level, d) of the codes chosen so far.
+    """
+
+    level: int
+    lengths_B: Tensor
+    visible_BT: Tensor
+    prompt: tuple[KeysValues, ...]
+    own: tuple[KeysValues, ...]
+
+
+class Layer(nn.Module):
+    """Causal self-attention and a feed-forward block, each behind an RMSNorm."""
+
+    def __init__(self, config: DecoderOnly.Config) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
+        width = config.d_model
+        self.attention_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.feed_forward_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.feed_forward = FeedForward(width, config.d_ff, config.activation, dropout=0.0)
+
+    def forward(self, x_BTD: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> tuple[Tensor, KeysValues]:
+        """Return the layer's output for every position, and its keys and values."""
+        qkv_BTX = self.qkv(self.attention_norm(x_BTD))
+        query, key, value = (split_heads(part, self.num_heads) for part in qkv_BTX.chunk(3, -1))
+        query, key = rotate(query, cos_Td, sin_Td), rotate(key, cos_Td, sin_Td)
+        dropout = self.attention_dropout if self.training else 0.0
+        # No mask: padding stands right of everything that is read, so causality hides it, and the
+        # flash kernels stay usable.
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
+        return self.finish(x_BTD, merge_heads(mixed)), (key, value)
+
+    def keys_values(self, x_BTD: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> KeysValues:
+        """Return keys and values (B, h, T, d) only: all that the last layer's prefill needs."""
+        weight = self.qkv.weight[x_BTD.shape[-1] :]
+        key, value = F.linear(self.attention_norm(x_BTD), weight).chunk(2, -1)
+        key = rotate(split_heads(key, self.num_heads), cos_Td, sin_Td)
+        return key, split_heads(value, self.num_heads)
+
+    def heads_of_rows(self, x_RD: Tensor, cos_Rd: Tensor, sin_Rd: Tensor) -> tuple[Tensor, ...]:
+        """Return query, key and value (R, h, d) of one token per row."""
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1))
+            for part in self.qkv(self.attention_norm(x_RD)).chunk(3, -1)
+        )
+        cos, sin = cos_Rd.unsqueeze(1), sin_Rd.unsqueeze(1)
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Add the attention's output and the feed-forward block to the residual stream."""
+        x = x + F.dropout(self.out(mixed), self.dropout, self.training)
+        forward = self.feed_forward(self.feed_forward_norm(x))
+        return x + F.dropout(forward, self.dropout, self.training)
+
+
+class DecoderOnly(Backbone):
+    """Causal language model over semantic IDs; see the module's text."""
+
+    class Config(Backbone.Config):
+        """Defaults suit data of ML-100K's size (our choice, measured in docs/models.md)."""
+
+        name: Literal["decoder_only"] = "decoder_only"
+        activation: Literal["swiglu", "gelu"] = "swiglu"
+        """Feed-forward activation; swiglu has a third matrix."""
+        rope_theta: float = Field(default=10_000.0, gt=0)
+        """Base of the rotary frequencies (Su et al. 2021)."""
+        init_std: float = Field(default=0.02, gt=0)
+        """Standard deviation of all initial weights (GPT-2)."""
+        predict_first: bool = True
+        """Train on a sequence's first item too; this is what an empty history answers with."""
+        item_positions: bool = False
+        """Add a learned embedding of the item's position, counted from the first kept item."""
+        level_embeddings: bool = False
+        """Add a learned embedding of the level that a position predicts."""
+
+    config: Config
+    training_unit: ClassVar[Literal["target", "sequence"]] = "sequence"
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: Config, tokens_NL: Tensor, codebook_sizes: Sequence[int]) -> None:
+        super().__init__(config, tokens_NL, codebook_sizes)
+        head_width = check_heads(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        if config.item_positions:
+            self.item_position = nn.Embedding(config.max_history + 2, config.d_model)
+        if config.level_embeddings:
+            self.level = nn.Embedding(self.num_levels, config.d_model)
+        cos, sin = rotary_tables(self.max_tokens, head_width, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self._init_weights()
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence: START, a full history and one more item."""
+        return 1 + (self.config.max_history + 1) * self.num_levels
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        for weight in self.parameters():
+            if weight.ndim > 1:  # norms keep their ones
+                nn.init.normal_(weight, std=self.config.init_std)
+        for layer in self.layers:  # GPT-2: keeps the residual stream's variance over the depth
+            for branch in (layer.out, layer.feed_forward.down):
+                branch.weight *= (2 * self.config.num_layers) ** -0.5
+
+    def loss(self, batch: Batch) -> LossOutput:
+        """Predict every item of the sequences in one causal pass (`target_B` is ignored).
+
+        Sequences longer than `max_history + 1` keep their last items; a trainer that wants all of
+        them as targets cuts windows.
+        """
+        sequence_BH = keep_last(batch.history_BH, self.config.max_history + 1)
+        tokens_BT, _ = self.history_tokens(sequence_BH)
+        hidden_BTD = self._hidden(tokens_BT[:, :-1])
+        valid_BH = sequence_BH >= 0
+        if not self.config.predict_first:
+            valid_BH[:, :1] = False
+        return self.items_nll(
+            hidden_BTD.reshape(-1, self.num_levels, self.config.d_model),
+            tokens_BT[:, 1:].reshape(-1, self.num_levels),
+            valid_BH.reshape(-1),
+        )
+
+    def begin(self, batch: Batch) -> tuple[Tensor, DecoderState]:
+        """Prefill once per request; see `Backbone.begin`."""
+        tokens_BT, visible_BT = self.prompt(batch.history_BH)
+        lengths_B = visible_BT.sum(1)
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTD = self._embed(tokens_BT, positions_T)
+        tables = self.cos[: len(positions_T)], self.sin[: len(positions_T)]
+
+        prompt: list[KeysValues] = []
+        for layer in self.layers[:-1]:
+            x_BTD, keys_values = layer(x_BTD, *tables)
+            prompt.append(keys_values)
+        # The last layer's other outputs are never read: only its keys and values are needed, and
+        # one query per request.
+        last = self.layers[-1]
+        prompt.append(last.keys_values(x_BTD, *tables))
+        x_BD = x_BTD.gather(1, (lengths_B - 1)[:, None, None].expand(-1, 1, x_BTD.shape[-1]))[:, 0]
+        query_Bhd, _, _ = last.heads_of_rows(x_BD, self.cos[lengths_B - 1], self.sin[lengths_B - 1])
+        none = query_Bhd.unsqueeze(2)[:, :, :0]
+        mixed_BD = shared_prompt_attention(query_Bhd, prompt[-1], visible_BT, (none, none))
+        hidden_BD = self.norm(last.finish(x_BD, mixed_BD))
+
+        own = ((none, none),) * len(self.layers)
+        state = DecoderState(0, lengths_B, visible_BT, tuple(prompt), own)
+        return self.level_logits(hidden_BD, 0), state
+
+    def step(
+        self, codes_R: Tensor, state: DecoderState, parents_R: Tensor
+    ) -> tuple[Tensor, DecoderState]:
+        """Append one code per row; see `Backbone.step`."""
+        rows_per_request = len(codes_R) // len(state.lengths_B)
+        positions_R = state.lengths_B.repeat_interleave(rows_per_request, output_size=len(codes_R))
+        positions_R = positions_R + state.level
+        x_RD = self._embed(self.code_tokens(codes_R, state.level), positions_R)
+        tables = self.cos[positions_R], self.sin[positions_R]
+        own: list[KeysValues] = []
+        for layer, prompt, past in zip(self.layers, state.prompt, state.own, strict=True):
+            query, key, value = layer.heads_of_rows(x_RD, *tables)
+            keys = torch.cat([past[0][parents_R], key.unsqueeze(2)], dim=2)
+            values = torch.cat([past[1][parents_R], value.unsqueeze(2)], dim=2)
+            own.append((keys, values))
+            mixed_RD = shared_prompt_attention(query, prompt, state.visible_BT, own[-1])
+            x_RD = layer.finish(x_RD, mixed_RD)
+        level = state.level + 1
+        new_state = DecoderState(level, state.lengths_B, state.visible_BT, state.prompt, tuple(own))
+        return self.level_logits(self.norm(x_RD), level), new_state
+
+    def prompt(self, history_BH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, T) of the kept histories and which of them exist, bool (B, T)."""
+        return self.history_tokens(keep_last(history_BH, self.config.max_history))
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        if self.config.level_embeddings:
+            x = x + self.level(positions % self.num_levels)
+        if self.config.item_positions:
+            x = x + self.item_position((positions + self.num_levels - 1) // self.num_levels)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _hidden(self, tokens_BT: Tensor) -> Tensor:
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTD = self._embed(tokens_BT, positions_T)
+        for layer in self.layers:
+            x_BTD, _ = layer(x_BTD, self.cos[: len(positions_T)], self.sin[: len(positions_T)])
+        return self.norm(x_BTD)
+
+    def to_hugging_face(self) -> LlamaForCausalLM:
+        """Return a `LlamaForCausalLM` with copies of these weights and the same logits.
+
+        Token 0 pads, token 1 starts every sequence, codes follow (`tokens_NL`).
+
+        Raises:
+            UserError: the config uses what Llama has not (gelu, item positions, level embeddings).
+        """
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = self.config
+        if config.activation != "swiglu" or config.item_positions or config.level_embeddings:
+            raise UserError(
+                "to_hugging_face: Llama has no gelu activation, item_positions or level_embeddings; "
+                "expected a model with activation='swiglu' and both options off. Train one so."
+            )
+        target = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=self.num_tokens,
+                hidden_size=config.d_model,
+                intermediate_size=config.d_ff,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                max_position_embeddings=self.max_tokens,
+                rms_norm_eps=NORM_EPS,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                tie_word_embeddings=config.tie_embeddings,
+                pad_token_id=PAD,
+                bos_token_id=START,
+                eos_token_id=None,
+            )
+        )
+        target.load_state_dict(self._llama_weights(), strict=False)
+        target.tie_weights()
+        return target.eval()
+
+    def _llama_weights(self) -> dict[str, Tensor]:
+        weights = {
+            "model.embed_tokens.weight": self.embedding.weight,
+            "model.norm.weight": self.norm.weight,
+            "lm_head.weight": self.output_weight_VD,
+        }
+        for number, layer in enumerate(self.layers):
+            query, key, value = layer.qkv.weight.chunk(3)
+            gate, up = layer.feed_forward.up.weight.chunk(2)
+            parts = {
+                "input_layernorm": layer.attention_norm.weight,
+                "self_attn.q_proj": query,
+                "self_attn.k_proj": key,
+                "self_attn.v_proj": value,
+                "self_attn.o_proj": layer.out.weight,
+                "post_attention_layernorm": layer.feed_forward_norm.weight,
+                "mlp.gate_proj": gate,
+                "mlp.up_proj": up,
+                "mlp.down_proj": layer.feed_forward.down.weight,
+            }
+            weights |= {f"model.layers.{number}.{k}.weight": v for k, v in parts.items()}
+        return {name: weight.detach().clone() for name, weight in weights.items()}

@@ -1,0 +1,370 @@
+"""EncoderDecoder: a T5 from scratch over semantic IDs (the TIGER family; Rajput et al. 2023).
+
+The mathematics is T5's (RMSNorm before each block, relative position bias shared by the layers, no
+scaling of the scores), so `to_hugging_face` is exact. The module is our own because a search needs
+what the library's does not give: the encoder and the cross-attention's keys and values once per
+request, beams as queries of their request, logits of one level only.
+
+Encoder input: START, then L tokens per item; START alone is the empty history. Decoder input: PAD
+(T5's convention), then the target's codes.
+
+Shapes: B requests, H history items, L levels, T = 1 + H*L tokens, W rows per request, R = B*W,
+h heads, d width of a head, X = h*d, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genrec.errors import UserError
+from genrec.models.base import PAD, Backbone, Batch, LossOutput, keep_last
+from genrec.models.layers import FeedForward, RelativePositionBias, merge_heads, split_heads
+
+if TYPE_CHECKING:
+    from transformers import T5ForConditionalGeneration
+
+KeysValues = tuple[Tensor, Tensor]
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class EncoderDecoderState:
+    """What a search has read and chosen so far.
+
+    Args:
+        level: the level that was scored last.
+        visible_B11T: which encoder positions exist.
+        cross: per layer, keys and values (B, h, T, d); one copy per request.
+        own: per layer, keys and values (R, h, level + 1, d) of PAD and the codes chosen so far.
+    """
+
+    level: int
+    visible_B11T: Tensor
+    cross: tuple[KeysValues, ...]
+    own: tuple[KeysValues, ...]
+
+
+class Attention(nn.Module):
+    """T5 attention: projections without bias, scores not scaled.
+
+    Args:
+        config: widths and dropout.
+        is_cross: queries come from one stream, keys and values from another.
+    """
+
+    def __init__(self, config: EncoderDecoder.Config, *, is_cross: bool) -> None:
+        super().__init__()
+        self.num_heads, self.attention_dropout = config.num_heads, config.attention_dropout
+        inner = config.num_heads * config.d_kv
+        self.inner = inner
+        self.query = nn.Linear(config.d_model, inner, bias=False) if is_cross else None
+        self.projection = nn.Linear(config.d_model, inner * (2 if is_cross else 3), bias=False)
+        self.out = nn.Linear(inner, config.d_model, bias=False)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Project (B, T, D) to its (B, h, T, d): query, key, value; key, value if cross."""
+        parts = self.projection(x).chunk(3 if self.query is None else 2, dim=-1)
+        return tuple(split_heads(part, self.num_heads) for part in parts)
+
+    def mix(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the attention's output (B, Q, D); `bias` is added to the scores (or a mask)."""
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=bias, dropout_p=dropout, scale=1.0
+        )
+        return self.out(merge_heads(mixed))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each behind an RMSNorm."""
+
+    def __init__(self, config: EncoderDecoder.Config) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        self.attention = Attention(config, is_cross=False)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        self.feed_forward = FeedForward(
+            config.d_model, config.d_ff, config.activation, config.dropout
+        )
+
+    def forward(self, x_BTD: Tensor, bias_BhTT: Tensor) -> Tensor:
+        """Return the layer's output (B, T, D)."""
+        heads = self.attention.heads(self.attention_norm(x_BTD))
+        x_BTD = self.add(x_BTD, self.attention.mix(*heads, bias_BhTT))
+        return self.add(x_BTD, self.feed_forward(self.feed_forward_norm(x_BTD)))
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Add a block's output to the residual stream, with dropout."""
+        return x + F.dropout(branch, self.dropout, self.training)
+
+
+class DecoderLayer(EncoderLayer):
+    """An encoder layer with cross-attention between its two blocks."""
+
+    def __init__(self, config: EncoderDecoder.Config) -> None:
+        super().__init__(config)
+        self.cross_norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        self.cross = Attention(config, is_cross=True)
+
+    def attend(
+        self, x_RtD: Tensor, past: KeysValues | None, bias: Tensor
+    ) -> tuple[Tensor, KeysValues]:
+        """Self-attention of new positions over past and new ones."""
+        query, keys, values = self.attention.heads(self.attention_norm(x_RtD))
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
+        return self.add(x_RtD, self.attention.mix(query, keys, values, bias)), (keys, values)
+
+    def finish(self, x_BQD: Tensor, cross: KeysValues, visible_B11T: Tensor) -> Tensor:
+        """Cross-attention from Q queries per request, then the feed-forward block."""
+        assert self.cross.query is not None
+        query = split_heads(self.cross.query(self.cross_norm(x_BQD)), self.cross.num_heads)
+        x_BQD = self.add(x_BQD, self.cross.mix(query, *cross, visible_B11T))
+        return self.add(x_BQD, self.feed_forward(self.feed_forward_norm(x_BQD)))
+
+
+class EncoderDecoder(Backbone):
+    """T5-style encoder-decoder over semantic IDs; see the module's text."""
+
+    class Config(Backbone.Config):
+        """Defaults are TIGER's (Rajput et al. 2023, section 4)."""
+
+        name: Literal["encoder_decoder"] = "encoder_decoder"
+        max_history: int = Field(default=20, ge=1)
+        """Items of the history that the model sees; older ones are dropped (TIGER: 20)."""
+        num_heads: int = Field(default=6, ge=1)
+        """Attention heads (TIGER: 6)."""
+        d_kv: int = Field(default=64, ge=1)
+        """Width of a head; independent of d_model as in T5 (TIGER: 64)."""
+        d_ff: int = Field(default=1024, ge=1)
+        """Inner width of the feed-forward blocks (TIGER: 1024)."""
+        activation: Literal["relu", "gated-gelu"] = "relu"
+        """Feed-forward activation: T5's, or T5 v1.1's."""
+        num_buckets: int = Field(default=32, ge=4)
+        """Buckets of the relative position bias (T5: 32)."""
+        max_distance: int = Field(default=128, ge=16)
+        """Distance in tokens from which all share one bucket (T5: 128)."""
+        recency_embeddings: bool = False
+        """Add a learned embedding of the item's position, counted from the last item."""
+
+    config: Config
+    training_unit: ClassVar[Literal["target", "sequence"]] = "target"
+
+    def __init__(self, config: Config, tokens_NL: Tensor, codebook_sizes: Sequence[int]) -> None:
+        super().__init__(config, tokens_NL, codebook_sizes)
+        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        self.encoder_norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        self.encoder_bias = self._bias(1 + config.max_history * self.num_levels, True)
+        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.decoder_norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        self.decoder_bias = self._bias(self.num_levels, False)
+        if config.recency_embeddings:
+            self.recency = nn.Embedding(config.max_history, config.d_model)
+        causal = torch.full((self.num_levels, self.num_levels), -torch.inf).triu(1)
+        self.register_buffer("causal_LL", causal, persistent=False)
+        self._init_weights()
+
+    causal_LL: Tensor
+
+    def _bias(self, max_length: int, bidirectional: bool) -> RelativePositionBias:
+        return RelativePositionBias(
+            self.config.num_heads,
+            num_buckets=self.config.num_buckets,
+            max_distance=self.config.max_distance,
+            max_length=max_length,
+            bidirectional=bidirectional,
+        )
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """T5's initial standard deviations: scores are not scaled, so queries start small."""
+        config = self.config
+        inner = config.num_heads * config.d_kv
+        nn.init.normal_(self.embedding.weight, std=1.0)
+        if not config.tie_embeddings:
+            nn.init.normal_(self.output.weight, std=config.d_model**-0.5)
+        if config.recency_embeddings:
+            nn.init.normal_(self.recency.weight, std=1.0)
+        for bias in (self.encoder_bias, self.decoder_bias):
+            nn.init.normal_(bias.weight, std=config.d_model**-0.5)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                nn.init.normal_(module.projection.weight, std=config.d_model**-0.5)
+                query = module.query.weight if module.query else module.projection.weight[:inner]
+                nn.init.normal_(query, std=(config.d_model * config.d_kv) ** -0.5)
+                nn.init.normal_(module.out.weight, std=inner**-0.5)
+            elif isinstance(module, FeedForward):
+                nn.init.normal_(module.up.weight, std=config.d_model**-0.5)
+                nn.init.normal_(module.down.weight, std=config.d_ff**-0.5)
+
+    def loss(self, batch: Batch) -> LossOutput:
+        """Predict `target_B` from the histories; targets of -1 are not counted.
+
+        Raises:
+            UserError: the batch has no targets.
+        """
+        if batch.target_B is None:
+            raise UserError(
+                "EncoderDecoder.loss: got a batch without target_B, expected one target row per "
+                "history. Pass pad_histories(..., targets=rows)."
+            )
+        visible_B11T, cross = self._encode(batch.history_BH)
+        tokens_BL = self.tokens_NL[batch.target_B.clamp(min=0)]
+        x_BLD = self._embed(F.pad(tokens_BL[:, :-1], (1, 0), value=PAD))
+        bias = self.decoder_bias(self.num_levels) + self.causal_LL
+        for layer, keys_values in zip(self.decoder, cross, strict=True):
+            x_BLD, _ = layer.attend(x_BLD, None, bias.to(x_BLD.dtype))
+            x_BLD = layer.finish(x_BLD, keys_values, visible_B11T)
+        return self.items_nll(self._finish(x_BLD), tokens_BL, batch.target_B >= 0)
+
+    def begin(self, batch: Batch) -> tuple[Tensor, EncoderDecoderState]:
+        """Encode once per request, decode PAD; see `Backbone.begin`."""
+        visible_B11T, cross = self._encode(batch.history_BH)
+        start_B1 = batch.history_BH.new_full((len(batch), 1), PAD)
+        return self._decode(start_B1, -1, visible_B11T, cross, None)
+
+    def step(
+        self, codes_R: Tensor, state: EncoderDecoderState, parents_R: Tensor
+    ) -> tuple[Tensor, EncoderDecoderState]:
+        """Decode one code per row; see `Backbone.step`."""
+        tokens_R1 = self.code_tokens(codes_R, state.level).unsqueeze(1)
+        own = tuple((keys[parents_R], values[parents_R]) for keys, values in state.own)
+        return self._decode(tokens_R1, state.level, state.visible_B11T, state.cross, own)
+
+    def _decode(
+        self,
+        tokens_R1: Tensor,
+        last_level: int,
+        visible_B11T: Tensor,
+        cross: tuple[KeysValues, ...],
+        past: tuple[KeysValues, ...] | None,
+    ) -> tuple[Tensor, EncoderDecoderState]:
+        level = last_level + 1
+        x_R1D = self._embed(tokens_R1)
+        bias = self.decoder_bias(level + 1)[:, :, -1:].to(x_R1D.dtype)
+        own: list[KeysValues] = []
+        for number, layer in enumerate(self.decoder):
+            x_R1D, keys_values = layer.attend(x_R1D, past[number] if past else None, bias)
+            own.append(keys_values)
+            # The beams of a request are queries of its one copy of the encoder's keys and values.
+            x_BWD = x_R1D.reshape(len(visible_B11T), -1, x_R1D.shape[-1])
+            x_BWD = layer.finish(x_BWD, cross[number], visible_B11T)
+            x_R1D = x_BWD.reshape(x_R1D.shape)
+        state = EncoderDecoderState(level, visible_B11T, cross, tuple(own))
+        return self.level_logits(self._finish(x_R1D[:, 0]), level), state
+
+    def _encode(self, history_BH: Tensor) -> tuple[Tensor, tuple[KeysValues, ...]]:
+        """Return which positions exist, and all decoder layers' cross keys and values."""
+        tokens_BT, visible_BT = self.prompt(history_BH)
+        x_BTD = self.embedding(tokens_BT)
+        if self.config.recency_embeddings:
+            x_BTD = x_BTD + F.pad(self._recency(visible_BT), (0, 0, 1, 0))
+        x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        visible_B11T = visible_BT[:, None, None]
+        bias_BhTT = self.encoder_bias(tokens_BT.shape[1]).to(x_BTD.dtype)
+        bias_BhTT = bias_BhTT.masked_fill(~visible_B11T, -torch.inf)
+        for layer in self.encoder:
+            x_BTD = layer(x_BTD, bias_BhTT)
+        x_BTD = F.dropout(self.encoder_norm(x_BTD), self.config.dropout, self.training)
+        return visible_B11T, tuple(layer.cross.heads(x_BTD) for layer in self.decoder)
+
+    def prompt(self, history_BH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the encoder's input tokens (B, T) and which of them exist, bool (B, T)."""
+        history_BH = keep_last(history_BH, self.config.max_history)
+        return self.history_tokens(history_BH)
+
+    def _recency(self, visible_BT: Tensor) -> Tensor:
+        """Return embeddings (B, T - 1, D) of the items' positions, 0 = the last item."""
+        visible_BH = visible_BT[:, 1 :: self.num_levels]
+        numbers_H = torch.arange(1, visible_BH.shape[1] + 1, device=visible_BH.device)
+        recency_BH = (visible_BH.sum(1, keepdim=True) - numbers_H).clamp(min=0)
+        return self.recency(recency_BH).repeat_interleave(self.num_levels, dim=1)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return F.dropout(self.embedding(tokens), self.config.dropout, self.training)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        """Final norm; tied output rows have variance 1, so the hidden state is scaled down."""
+        x = F.dropout(self.decoder_norm(x), self.config.dropout, self.training)
+        return x * self.config.d_model**-0.5 if self.config.tie_embeddings else x
+
+    def to_hugging_face(self) -> T5ForConditionalGeneration:
+        """Return a `T5ForConditionalGeneration` with copies of these weights and the same logits.
+
+        Raises:
+            UserError: recency embeddings or untied embeddings, which that class cannot express.
+        """
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        config = self.config
+        if config.recency_embeddings or not config.tie_embeddings:
+            raise UserError(
+                "to_hugging_face: transformers' T5 has no recency embeddings and always ties its "
+                "embeddings; expected recency_embeddings=false and tie_embeddings=true. Train one "
+                "so."
+            )
+        target = T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=self.num_tokens,
+                d_model=config.d_model,
+                d_kv=config.d_kv,
+                d_ff=config.d_ff,
+                num_layers=config.num_layers,
+                num_heads=config.num_heads,
+                relative_attention_num_buckets=config.num_buckets,
+                relative_attention_max_distance=config.max_distance,
+                dropout_rate=config.dropout,
+                layer_norm_epsilon=NORM_EPS,
+                feed_forward_proj=config.activation,
+                pad_token_id=PAD,
+                eos_token_id=None,
+                decoder_start_token_id=PAD,
+            )
+        )
+        target.load_state_dict(self._t5_weights(), strict=False)
+        target.tie_weights()
+        return target.eval()
+
+    def _t5_weights(self) -> dict[str, Tensor]:
+        weights = {"shared.weight": self.embedding.weight, "lm_head.weight": self.embedding.weight}
+        for name, layers, norm, bias in (
+            ("encoder", self.encoder, self.encoder_norm, self.encoder_bias),
+            ("decoder", self.decoder, self.decoder_norm, self.decoder_bias),
+        ):
+            first = f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+            weights |= {f"{name}.final_layer_norm.weight": norm.weight, first: bias.weight}
+            weights[f"{name}.embed_tokens.weight"] = self.embedding.weight
+            for number, layer in enumerate(layers):
+                weights |= _t5_layer(f"{name}.block.{number}.layer", layer)
+        return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def _t5_layer(prefix: str, layer: nn.Module) -> dict[str, Tensor]:
+    """Return one layer's weights under transformers' names."""
+    query, key, value = layer.attention.projection.weight.chunk(3)
+    attention = {"q": query, "k": key, "v": value, "o": layer.attention.out.weight}
+    weights = {f"{prefix}.0.SelfAttention.{k}.weight": v for k, v in attention.items()}
+    weights[f"{prefix}.0.layer_norm.weight"] = layer.attention_norm.weight
+    last = 1
+    if isinstance(layer, DecoderLayer):
+        last = 2
+        key, value = layer.cross.projection.weight.chunk(2)
+        assert layer.cross.query is not None
+        cross = {"q": layer.cross.query.weight, "k": key, "v": value, "o": layer.cross.out.weight}
+        weights |= {f"{prefix}.1.EncDecAttention.{k}.weight": v for k, v in cross.items()}
+        weights[f"{prefix}.1.layer_norm.weight"] = layer.cross_norm.weight
+    forward = layer.feed_forward
+    names = ("wi_0", "wi_1") if forward.is_gated else ("wi",)
+    inner = zip(names, forward.up.weight.chunk(len(names)), strict=True)
+    weights |= {f"{prefix}.{last}.DenseReluDense.{k}.weight": v for k, v in inner}
+    weights[f"{prefix}.{last}.DenseReluDense.wo.weight"] = forward.down.weight
+    weights[f"{prefix}.{last}.layer_norm.weight"] = layer.feed_forward_norm.weight
+    return weights

@@ -1,0 +1,345 @@
+"""A whole run: strings the stages together through the cache and leaves results, report, bundle.
+
+Which stage needs what is written here and nowhere else. Each stage's key holds the fingerprints of
+what it reads and the part of the configuration that it uses, so that changing one key runs again
+exactly what depends on it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from genrec import runtime
+from genrec.artifacts import Artifact, file_checksum, fingerprint, read_manifest, write_json_atomic
+from genrec.bundle import mode_name, save_bundle
+from genrec.data import Catalog, Dataset
+from genrec.data.doctor import examine
+from genrec.data.interactions import SplitName
+from genrec.data.prepare import make_source, prepare
+from genrec.data.source import Source
+from genrec.errors import DataError
+from genrec.features import FEATURES
+from genrec.item_index import ItemIndex
+from genrec.pipeline import results, stages
+from genrec.pipeline.cache import StageCache
+from genrec.pipeline.config import RunConfig
+
+log = runtime.get_logger(__name__)
+
+BARRIER_SECONDS = 6 * 3600
+
+
+@dataclass
+class SeedRun:
+    """The artifacts of one seed."""
+
+    seed: int
+    tokenizer: Artifact
+    index: Artifact
+    model: Artifact
+    valid: dict[str, Artifact]
+    test: dict[str, Artifact]
+    calibration: Artifact
+
+
+def make_accelerator(*, device: str | None = None) -> Accelerator:
+    """Return the accelerator of this process; long stages of the first process do not time out."""
+    waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=BARRIER_SECONDS))
+    cpu = runtime.choose_device(device).type == "cpu"
+    return Accelerator(cpu=cpu, kwargs_handlers=[waiting])
+
+
+class Run:
+    """One configuration on its way from raw files to a report.
+
+    Args:
+        config: checked configuration.
+        out: run folder; gets bundle/, results.json, report.html, config.yaml, per_user.parquet.
+        cache: folder of the stage cache.
+        device: torch device name; None chooses.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, out: Path, cache: Path, device: str | None = None
+    ) -> None:
+        self.config, self.out = config, out
+        self.accelerator = make_accelerator(device=device)
+        self.cache = StageCache(
+            cache, self.accelerator.wait_for_everyone, self.accelerator.is_main_process
+        )
+
+    def execute(self, *, command: str = "") -> dict[str, Any]:
+        """Run every stage that is not in the cache; return what results.json holds.
+
+        Args:
+            command: how this run was started, for the report.
+
+        Raises:
+            DataError: the data checks found errors.
+        """
+        begun = time.perf_counter()
+        dataset = self.dataset()
+        findings = self._check(dataset)
+        catalog = self.embed(dataset)
+        runs = [self.one_seed(dataset, catalog, seed) for seed in self.config.seeds]
+        baselines = self.baselines(dataset)
+        if not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+            return {}
+        self._bundle(dataset, runs[0])
+        found = results.assemble(self.config, dataset, runs, baselines)
+        found["timing"] = {
+            "seconds": round(time.perf_counter() - begun, 2),
+            "stages": self.cache.seconds,
+            "reused": sorted(name for name, reused in self.cache.reused.items() if reused),
+        }
+        found["doctor"] = [finding.to_dict() for finding in findings]
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(self.out / "results.json", found)
+        results.write_per_user(self.out / "per_user.parquet", self.config, runs, baselines)
+        results.write_run_report(self.out, self.config, dataset, runs, catalog, found, command)
+        (self.out / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        return found
+
+    # -- stages -------------------------------------------------------------------------------
+
+    def dataset(self) -> Dataset:
+        """Load the prepared data set, preparing it first where a source is configured."""
+        if self.config.data.dataset is not None:
+            return Dataset.load(self.config.data.dataset)
+        assert self.config.source is not None
+        source, options = make_source(self.config.source), self.config.data.prepare
+        artifact = self.cache.get(
+            "dataset",
+            "dataset",
+            {
+                "source": self.config.source.to_dict()["name"],
+                "options": source.options(),
+                "files": self._checksums(source),
+                "prepare": options.to_dict(),
+            },
+            lambda path: prepare(source, options, path),
+            label="prepare",
+        )
+        return Dataset.load(artifact.path)
+
+    @staticmethod
+    def _checksums(source: Source) -> dict[str, str]:
+        for file in source.files():
+            file.check()
+        return {file.name: file_checksum(file.path) for file in source.files()}
+
+    def _check(self, dataset: Dataset) -> list[Any]:
+        findings = examine(dataset)
+        for finding in findings:
+            if finding.level != "info":
+                log.warning("doctor: %s", finding.message)
+        errors = [finding.message for finding in findings if finding.level == "error"]
+        if errors:
+            raise DataError(
+                "the data set has errors (see `genrec doctor`):\n" + "\n".join(errors)
+            )
+        return findings
+
+    def embed(self, dataset: Dataset) -> Catalog:
+        """Return the catalogue with its vectors."""
+        chosen: Any = self.config.features
+        resolved = stages.component(FEATURES, chosen)(chosen).resolve()
+        catalog = dataset.catalog
+        artifact = self.cache.get(
+            "vectors",
+            "vectors",
+            {"catalog": catalog.fingerprint, "features": resolved.to_dict()},
+            lambda path: stages.embed(path, catalog, resolved),
+            label="embed",
+        )
+        return stages.add_vectors(catalog, artifact)
+
+    def one_seed(self, dataset: Dataset, catalog: Catalog, seed: int) -> SeedRun:
+        """Run everything that depends on the seed."""
+        tokenizer, index_artifact = self.tokenize(dataset, catalog, seed)
+        index = ItemIndex.load(index_artifact.path)
+        model = self.train(dataset, index, seed)
+        lists: dict[str, dict[str, Artifact]] = {"valid": {}, "test": {}}
+        for split in ("valid", "test"):
+            for masked in self.config.evaluation.masked:
+                found = self.lists(dataset, index, model, split, masked, seed)  # type: ignore[arg-type]
+                lists[split][mode_name(masked)] = found
+        calibration = self.calibrate(lists["valid"], seed)
+        return SeedRun(
+            seed, tokenizer, index_artifact, model, lists["valid"], lists["test"], calibration
+        )
+
+    def tokenize(
+        self, dataset: Dataset, catalog: Catalog, seed: int
+    ) -> tuple[Artifact, Artifact]:
+        """Return the fitted tokenizer and the index of the catalogue."""
+        config = stages.with_seed(self.config.tokenizer, seed)
+        assert catalog.vectors is not None
+        upstream = {
+            "vectors": fingerprint(catalog.vectors),
+            "interactions": dataset.interactions.training().fingerprint,
+        }
+        tokenizer = self.cache.get(
+            "tokenizer",
+            "tokenizer",
+            {**upstream, "tokenizer": config.to_dict()},
+            lambda path: stages.fit_tokenizer(
+                path, catalog, dataset.interactions, config, upstream
+            ),
+            label=f"tokenize (seed {seed})",
+        )
+        collisions = self.config.index.collisions
+        index = self.cache.get(
+            "index",
+            "index",
+            {**upstream, "tokenizer": tokenizer.fingerprint, "collisions": collisions},
+            lambda path: stages.build_index(path, tokenizer, catalog, collisions),
+            label=f"index (seed {seed})",
+        )
+        return tokenizer, index
+
+    def train(self, dataset: Dataset, index: ItemIndex, seed: int) -> Artifact:
+        """Return the trained model."""
+        determinants = {
+            "dataset": dataset.interactions.fingerprint,
+            "index": index.fingerprint,
+            "model": self.config.model.to_dict(),
+            "trainer": self.config.trainer.to_dict(),
+            "processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "seed": seed,
+        }
+        _, key = self.cache.place("model", determinants)
+        return self.cache.get(
+            "model",
+            "model",
+            determinants,
+            lambda path: stages.train(
+                path,
+                dataset,
+                index,
+                self.config.model,
+                self.config.trainer,
+                seed=seed,
+                key=key,
+                accelerator=self.accelerator,
+                tracking=self.config.tracking,
+                tracking_folder=self.out / f"seed-{seed}",
+                run_name=f"{self.config.name}-seed-{seed}",
+                run_config={
+                    **self.config.to_dict(),
+                    "fingerprints": {
+                        "dataset": dataset.fingerprint,
+                        "index": index.fingerprint,
+                    },
+                    "seed": seed,
+                },
+            ),
+            label=f"train (seed {seed})",
+            together=True,
+        )
+
+    def lists(
+        self,
+        dataset: Dataset,
+        index: ItemIndex,
+        model: Artifact,
+        split: SplitName,
+        masked: bool,
+        seed: int,
+    ) -> Artifact:
+        """Return the ranked lists of a split's users."""
+        width = self.config.decoding.width
+        return self.cache.get(
+            "lists",
+            "lists",
+            {
+                "model": model.fingerprint,
+                "dataset": dataset.interactions.fingerprint,
+                "split": split,
+                "masked": masked,
+                "width": width,
+            },
+            lambda path: stages.make_lists(
+                path,
+                dataset,
+                index,
+                model,
+                split=split,
+                masked=masked,
+                width=width,
+                batch_size=self.config.decoding.batch_size,
+                accelerator=self.accelerator,
+            ),
+            label=f"search {split}, {mode_name(masked)} (seed {seed})",
+            together=True,
+        )
+
+    def calibrate(self, valid: Mapping[str, Artifact], seed: int) -> Artifact:
+        """Return the calibrators fitted on validation lists."""
+        config = self.config.calibration
+        return self.cache.get(
+            "calibration",
+            "calibration",
+            {
+                "lists": {mode: artifact.fingerprint for mode, artifact in valid.items()},
+                "calibration": config.to_dict(),
+            },
+            lambda path: stages.calibrate(path, valid, config, self.config.decoding.width),
+            label=f"calibrate (seed {seed})",
+        )
+
+    def baselines(self, dataset: Dataset) -> Artifact:
+        """Return the baselines' per-user results."""
+        options = self.config.evaluation
+        return self.cache.get(
+            "baselines",
+            "baselines",
+            {
+                "dataset": dataset.interactions.fingerprint,
+                "names": list(options.baselines),
+                "ks": list(options.ks),
+                "masked": list(options.masked),
+            },
+            lambda path: stages.baselines(
+                path, dataset, options.baselines, options.ks, options.masked
+            ),
+        )
+
+    def _bundle(self, dataset: Dataset, run: SeedRun) -> None:
+        """Write the bundle of the first seed, unless it is there already."""
+        parts = {
+            "index": run.index,
+            "tokenizer": run.tokenizer,
+            "model": run.model,
+            "calibration": run.calibration,
+        }
+        extra = {
+            "name": self.config.name,
+            "seed": run.seed,
+            "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+            "config": self.config.to_dict(),
+            "parts": {name: part.fingerprint for name, part in parts.items()},
+        }
+        path = self.out / "bundle"
+        same = ("parts", "dataset", "config")
+        if path.exists():
+            old = read_manifest(path)["extra"]
+            if all(old.get(name) == extra[name] for name in same):
+                return
+        save_bundle(
+            path,
+            catalog=dataset.catalog,
+            extra=extra,
+            **{name: part.path for name, part in parts.items()},
+        )

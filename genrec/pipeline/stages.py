@@ -1,0 +1,345 @@
+"""The stages one by one: each takes artifacts or arrays, writes one artifact, and knows no cache.
+
+`genrec.pipeline.run` strings them together; the commands of the same names call them alone.
+
+Shapes: U users with a target, W list length (the beam width), k cut-off.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from genrec import runtime
+from genrec.artifacts import Artifact, save_artifact
+from genrec.bundle import build_model, load_calibration, load_model, save_calibration, save_model
+from genrec.calibration import CALIBRATORS
+from genrec.config import StrictConfig
+from genrec.data import Catalog, Dataset, Interactions
+from genrec.data.interactions import SplitName
+from genrec.decoding import CSRIndex
+from genrec.errors import DataError, MismatchError
+from genrec.evaluation import metrics
+from genrec.evaluation.evaluator import evaluate_scores
+from genrec.evaluation.reliability import compare_reliability
+from genrec.features import FEATURES
+from genrec.inference import RankedLists, search
+from genrec.item_index import ItemIndex
+from genrec.models.baselines import BASELINES
+from genrec.tokenizers import TOKENIZERS
+from genrec.tokenizers.base import ItemTokenizer
+from genrec.tokenizers.diagnostics import diagnose
+from genrec.trainers import TRAINERS
+from genrec.trainers.batching import TrainingExamples
+from genrec.trainers.tracking import TrackingConfig, Trackers, open_trackers
+from genrec.trainers.validation import Validator
+
+RELIABILITY_K = 10
+
+
+def component(registry: Mapping[str, str], config: Any) -> Any:
+    """Return the class registered under a checked configuration's name."""
+    return runtime.lookup(registry, config.name, what="name")
+
+
+def with_seed(config: StrictConfig, seed: int) -> StrictConfig:
+    """Return a configuration whose own `seed`, where it has one, is moved by the run's seed."""
+    own = getattr(config, "seed", None)
+    return config if own is None else config.model_copy(update={"seed": own + seed})
+
+
+# -- vectors and index ------------------------------------------------------------------------
+
+
+def embed(path: Path, catalog: Catalog, config: Any) -> None:
+    """Write the vectors of a catalogue (artifact "vectors")."""
+    vectors = component(FEATURES, config)(config).embed(catalog)
+    save_artifact(
+        path,
+        kind="vectors",
+        arrays={"vectors": np.asarray(vectors, np.float32)},
+        config=config.to_dict(),
+        upstream={"catalog": catalog.fingerprint},
+    )
+
+
+def add_vectors(catalog: Catalog, vectors: Artifact) -> Catalog:
+    """Return the catalogue with vectors that were made from it.
+
+    Raises:
+        MismatchError: made from another catalogue (both fingerprints).
+    """
+    vectors.require_upstream("catalog", catalog.fingerprint)
+    return catalog.with_vectors(vectors.arrays["vectors"])
+
+
+def fit_tokenizer(
+    path: Path, catalog: Catalog, interactions: Interactions, config: Any, upstream: dict[str, str]
+) -> None:
+    """Fit a tokenizer on training interactions and write it (artifact "tokenizer")."""
+    tokenizer = component(TOKENIZERS, config)(config)
+    tokenizer.fit(catalog, interactions.training()).save(path, upstream=upstream)
+
+
+def build_index(path: Path, tokenizer: Artifact, catalog: Catalog, collisions: str) -> None:
+    """Write the index of a catalogue (artifact "index")."""
+    fitted = ItemTokenizer.load(tokenizer.path)
+    index = ItemIndex.build(fitted, catalog, collisions=collisions)
+    index.save(path, upstream={"tokenizer": tokenizer.fingerprint})
+
+
+def describe_index(tokenizer: Artifact, index: ItemIndex, catalog: Catalog) -> dict[str, Any]:
+    """Return the collision and usage figures of an index (JSON)."""
+    return diagnose(ItemTokenizer.load(tokenizer.path), index, catalog)
+
+
+# -- training ---------------------------------------------------------------------------------
+
+
+def train(
+    path: Path,
+    dataset: Dataset,
+    index: ItemIndex,
+    model_config: StrictConfig,
+    trainer_config: Any,
+    *,
+    seed: int,
+    key: str,
+    accelerator: Accelerator,
+    tracking: TrackingConfig | None = None,
+    tracking_folder: Path | None = None,
+    run_name: str = "train",
+    run_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Train a generator and write it (artifact "model"); every process takes part.
+
+    Checkpoints lie in `<path>.work` until the model is written; a killed call goes on from there.
+    """
+    check_index(dataset, index)
+    model = build_model(model_config.to_dict(), index, seed=seed).to(accelerator.device)
+    constraint = CSRIndex.from_index(index).to(accelerator.device)
+    examples = TrainingExamples(
+        dataset.interactions.training(), model.training_unit, model.config.max_history
+    )
+    validation = dataset.interactions.examples("valid")
+    validator = (
+        Validator(
+            validation,
+            constraint,
+            num_users=trainer_config.validation_users,
+            width=trainer_config.validation_width,
+            seed=seed,
+        )
+        if len(validation)
+        else None
+    )
+    work = path.with_name(path.name + ".work")
+
+    def trackers(resumed: int | None) -> Trackers:
+        if tracking is None or tracking_folder is None:
+            return Trackers([])
+        return open_trackers(
+            tracking,
+            tracking_folder,
+            name=run_name,
+            config=dict(run_config or {}),
+            resume_step=resumed,
+        )
+
+    trainer = component(TRAINERS, trainer_config)(trainer_config, seed=seed)
+    result = trainer.fit(
+        model,
+        examples,
+        validator,
+        accelerator=accelerator,
+        folder=work,
+        key=key,
+        open_trackers=trackers,
+    )
+    if accelerator.is_main_process:
+        extra = {
+            "training": asdict(result),
+            "trainer": trainer_config.to_dict(),
+            "seed": seed,
+            "dataset": dataset.fingerprint,
+            "num_parameters": sum(p.numel() for p in model.parameters()),
+        }
+        save_model(path, model, index, extra=extra)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_index(dataset: Dataset, index: ItemIndex) -> None:
+    """Raise `MismatchError` unless the index lists the items of the data set in its order."""
+    if dataset.catalog.item_ids != list(index.item_ids):
+        raise MismatchError(
+            f"the index ({len(index)} items, {index.fingerprint}) does not list the items of data "
+            f"set {dataset.name!r} ({len(dataset.catalog)} items, {dataset.fingerprint}) in its "
+            "order. Build the index from this data set: `genrec tokenize`."
+        )
+
+
+# -- lists ------------------------------------------------------------------------------------
+
+
+def make_lists(
+    path: Path,
+    dataset: Dataset,
+    index: ItemIndex,
+    model: Artifact,
+    *,
+    split: SplitName,
+    masked: bool,
+    width: int,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> None:
+    """Search the best `width` items for every user of a split (artifact "lists")."""
+    examples = dataset.interactions.examples(split)
+    if not len(examples):
+        raise DataError(
+            f"data set {dataset.name!r} has no {split} targets. Expected users with at least 3 "
+            "interactions (leave-one-out); see `genrec doctor`."
+        )
+    network = load_model(model.path, index).to(accelerator.device)
+    constraint = CSRIndex.from_index(index).to(accelerator.device)
+    depth = min(width, len(index))
+    # Interleaved shares of equal size (the last ones repeat a user), so that gathering is a
+    # plain all-gather.
+    share = -(-len(examples) // accelerator.num_processes)
+    mine = (np.arange(share) * accelerator.num_processes + accelerator.process_index) % len(
+        examples
+    )
+    histories = [examples.history(int(i)) for i in mine]
+    found = search(
+        network,
+        constraint,
+        histories,
+        width=depth,
+        k=depth,
+        exclude=histories if masked else None,
+        batch_size=batch_size,
+        description=f"search {split}",
+    )
+    lists = _gather(found, mine, len(examples), accelerator)
+    if accelerator.is_main_process:
+        save_artifact(
+            path,
+            kind="lists",
+            arrays={
+                "rows": lists.rows.astype(np.int32),
+                "logprobs": lists.logprobs.astype(np.float32),
+                "certified": lists.certified,
+                "num_eligible": lists.num_eligible,
+                "target_rows": examples.target_rows,
+                "user_rows": examples.user_rows,
+            },
+            upstream={"model": model.fingerprint, "dataset": dataset.fingerprint},
+            extra={"split": split, "masked": masked, "width": depth},
+        )
+
+
+def _gather(
+    found: RankedLists, mine: np.ndarray, total: int, accelerator: Accelerator
+) -> RankedLists:
+    """Collect every process's share, in the order of the examples."""
+    parts = (mine, found.rows, found.logprobs, found.certified, found.num_eligible)
+    gathered = [
+        accelerator.gather(torch.from_numpy(np.ascontiguousarray(part)).to(accelerator.device))
+        for part in parts
+    ]
+    places, *arrays = [part.cpu().numpy() for part in gathered]
+    _, first = np.unique(places, return_index=True)
+    assert len(first) == total
+    return RankedLists(*[array[first] for array in arrays])
+
+
+def read_lists(artifact: Artifact) -> tuple[RankedLists, np.ndarray]:
+    """Return the lists and the target rows (U,) of a "lists" artifact."""
+    arrays = artifact.arrays
+    lists = RankedLists(
+        arrays["rows"].astype(np.int64),
+        arrays["logprobs"].astype(np.float64),
+        arrays["certified"],
+        arrays["num_eligible"],
+    )
+    return lists, arrays["target_rows"]
+
+
+def list_values(artifact: Artifact, ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return per-user recall and NDCG of a "lists" artifact; lists shorter than k are padded."""
+    lists, targets = read_lists(artifact)
+    rows = lists.rows
+    if rows.shape[1] < max(ks):
+        rows = np.pad(rows, ((0, 0), (0, max(ks) - rows.shape[1])), constant_values=-1)
+    return metrics.list_metrics(rows, targets, ks)
+
+
+# -- calibration ------------------------------------------------------------------------------
+
+
+def calibrate(path: Path, valid_lists: Mapping[str, Artifact], config: Any, width: int) -> None:
+    """Fit a calibrator on each kind of validation lists (artifact "calibration").
+
+    Args:
+        path: where to.
+        valid_lists: mode ("masked", "unmasked") -> "lists" artifact of the validation split.
+        config: the `calibration` section.
+        width: beam width of the lists.
+    """
+    cls = component(CALIBRATORS, config)
+    calibrators = {}
+    for mode, artifact in valid_lists.items():
+        lists, targets = read_lists(artifact)
+        ranks = metrics.ranks_in_lists(lists.rows, targets)
+        calibrators[mode] = cls(config).fit(lists.logprobs, ranks, lists.num_rest)
+    save_calibration(path, calibrators, config=config.to_dict(), width=width)
+
+
+def measure_calibration(calibration: Path, mode: str, test_lists: Artifact) -> dict[str, Any]:
+    """Compare probabilities before and after calibration on test lists, cut to the top 10."""
+    calibrators, _ = load_calibration(calibration)
+    lists, targets = read_lists(test_lists)
+    identity = runtime.lookup(CALIBRATORS, "identity", what="calibration")
+    k = min(RELIABILITY_K, lists.rows.shape[1])
+    before = identity(identity.Config()).probabilities(lists.logprobs, lists.num_rest)[:, :k]
+    after = calibrators[mode].probabilities(lists.logprobs, lists.num_rest)[:, :k]
+    ranks = metrics.ranks_in_lists(lists.rows[:, :k], targets)
+    return {
+        "mode": mode,
+        "k": k,
+        "state": calibrators[mode].state(),
+        **compare_reliability(before, after, ranks),
+    }
+
+
+# -- baselines --------------------------------------------------------------------------------
+
+
+def baselines(
+    path: Path, dataset: Dataset, names: Sequence[str], ks: Sequence[int], masked: Sequence[bool]
+) -> None:
+    """Fit and evaluate the counting baselines on the test split (artifact "baselines")."""
+    examples = dataset.interactions.examples("test")
+    training = dataset.interactions.training()
+    arrays: dict[str, np.ndarray] = {}
+    for name in names:
+        cls = runtime.lookup(BASELINES, name, what="evaluation.baselines")
+        scores: Callable[..., np.ndarray] = cls().fit(training).scores
+        for mask in masked:
+            values = evaluate_scores(scores, examples, ks=tuple(ks), mask_seen=mask)
+            for metric, array in values.items():
+                arrays[f"{name}/{'masked' if mask else 'unmasked'}/{metric}"] = array
+    save_artifact(
+        path,
+        kind="baselines",
+        arrays=arrays,
+        config={"names": list(names), "ks": list(ks)},
+        upstream={"dataset": dataset.fingerprint},
+    )

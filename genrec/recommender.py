@@ -1,0 +1,262 @@
+"""Recommender: histories of item ids in, ranked items with calibrated probabilities out.
+
+What a service imports. It loads a bundle and answers; it does not train, and imports neither the
+trainers nor wandb nor peft.
+
+Shapes: B requests, k list length, C candidates, N items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from genrec import runtime
+from genrec.bundle import Bundle, load_bundle, mode_name
+from genrec.data import Catalog
+from genrec.decoding import CSRIndex, score_candidates
+from genrec.errors import UserError
+from genrec.inference import search
+from genrec.item_index import ItemIndex
+from genrec.models.base import pad_histories
+
+log = runtime.get_logger(__name__)
+
+Histories = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """Ranked lists, best first. A list with fewer than k eligible items is padded at its end.
+
+    Args:
+        item_ids: (B, k) object array of external ids; None where padded.
+        scores: (B, k) float64 natural log-probabilities; -inf where padded.
+        probabilities: (B, k) float64 calibrated probability that the item is the next one; 0 where
+            padded.
+        certified: (B,) bool; the list provably holds the k best eligible items.
+    """
+
+    item_ids: np.ndarray
+    scores: np.ndarray
+    probabilities: np.ndarray
+    certified: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+
+class Recommender:
+    """Answers requests from a bundle.
+
+    Args:
+        bundle: loaded parts.
+        device: torch device name; None chooses.
+    """
+
+    def __init__(self, bundle: Bundle, *, device: str | None = None) -> None:
+        self.device = runtime.choose_device(device)
+        self.index: ItemIndex = bundle.index
+        self.catalog: Catalog = bundle.catalog
+        self.model = bundle.model.to(self.device).eval()
+        self.calibrators = bundle.calibrators
+        self.width = bundle.width
+        self.info: dict[str, Any] = bundle.artifact.extra
+        self.fingerprint: str = bundle.artifact.fingerprint
+        self._constraint = CSRIndex.from_index(bundle.index).to(self.device)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, device: str | None = None) -> Recommender:
+        """Load the bundle that `genrec run` or `genrec calibrate` wrote.
+
+        Raises:
+            ArtifactError: missing, truncated, edited, or parts that do not belong together.
+        """
+        return cls(load_bundle(path), device=device)
+
+    @property
+    def item_ids(self) -> list[str]:
+        """The catalogue, as in the raw data, in row order."""
+        return list(self.index.item_ids)
+
+    def titles(self, item_ids: Iterable[str | None]) -> list[str | None]:
+        """Return the titles of items (None for padding and for items without one)."""
+        rows = [None if i is None else int(self.index.rows_of([i])[0]) for i in item_ids]
+        return [None if row is None else self.catalog.titles[row] for row in rows]
+
+    def recommend(
+        self,
+        histories: Histories,
+        k: int = 10,
+        *,
+        candidates: Histories | Sequence[str] | None = None,
+        exclude: Histories | Sequence[str] | None = None,
+        exclude_seen: bool = True,
+        width: int | None = None,
+        missing: Literal["skip", "error"] = "skip",
+    ) -> Recommendations:
+        """Return the k most likely next items of every history.
+
+        Args:
+            histories: B histories of item ids as in the raw data, oldest first; may be empty.
+            k: list length, >= 1. More than there are eligible items gives a shorter, padded list.
+            candidates: the only items that may be returned: one list for all, or one per history.
+            exclude: items that may not be returned: one list for all, or one per history.
+            exclude_seen: leave out the items of the history.
+            width: beam width, >= k; default the one that the bundle was calibrated at. Another
+                width changes which items are found, not what an item scores.
+            missing: unknown items in a history: "skip" them with one warning, or raise.
+
+        Raises:
+            UserError: k or width below 1, width below k, unknown items in a filter (or in a
+                history with missing="error").
+        """
+        self._check_histories(histories)
+        rows = self._history_rows(histories, missing)
+        width = self._check_width(k, width)
+        denied = self._filter_rows(exclude, len(rows), "exclude")
+        if exclude_seen:
+            denied = [np.concatenate(pair) for pair in zip(rows, denied, strict=True)]
+        allowed = (
+            None if candidates is None else self._filter_rows(candidates, len(rows), "candidates")
+        )
+        # Probabilities are those of the calibrated list at the bundle's width, cut to k.
+        depth = min(max(width, k), len(self.index))
+        lists = search(
+            self.model,
+            self._constraint,
+            rows,
+            width=depth,
+            k=depth,
+            exclude=denied if exclude_seen or exclude is not None else None,
+            allow=allowed,
+        )
+        calibrator = self._calibrator(exclude_seen)
+        probabilities = calibrator.probabilities(lists.logprobs, lists.num_rest)
+        return self._answer(lists.rows, lists.logprobs, probabilities, lists.certified, k)
+
+    def score(self, histories: Histories, candidates: Histories) -> np.ndarray:
+        """Return exact log-probabilities of given items over the whole catalogue.
+
+        Args:
+            histories: B histories of item ids (unknown ones are skipped with a warning).
+            candidates: B lists of item ids to score.
+
+        Returns:
+            (B, C) float64, C the longest list; shorter ones are padded with -inf.
+
+        Raises:
+            UserError: numbers of histories and lists differ, or an unknown candidate.
+        """
+        self._check_histories(histories)
+        if len(histories) != len(candidates):
+            raise UserError(
+                f"score: got {len(histories)} histories and {len(candidates)} candidate lists, "
+                "expected one list per history."
+            )
+        rows = self._history_rows(histories, "skip")
+        wanted = [self.index.rows_of(items) for items in candidates]
+        longest = max((len(w) for w in wanted), default=0)
+        if not longest:
+            return np.empty((len(rows), 0))
+        rows_BC = np.full((len(rows), longest), -1, dtype=np.int64)
+        for i, found in enumerate(wanted):
+            rows_BC[i, : len(found)] = found
+        batch = pad_histories(rows, self.model.config.max_history).to(self.device)
+        with torch.inference_mode():
+            scores = score_candidates(
+                self.model, batch, self._constraint, torch.from_numpy(rows_BC).to(self.device)
+            )
+        return scores.double().cpu().numpy()
+
+    # -- checks and conversions ---------------------------------------------------------------
+
+    @staticmethod
+    def _check_histories(histories: Any) -> None:
+        if isinstance(histories, str) or any(isinstance(h, str) for h in histories):
+            raise UserError(
+                'histories: got text, expected a list of lists of item ids, e.g. [["50", "181"]].'
+            )
+
+    def _history_rows(
+        self, histories: Histories, missing: Literal["skip", "error"]
+    ) -> list[np.ndarray]:
+        if missing not in ("skip", "error"):
+            raise UserError(f"missing: got {missing!r}, expected 'skip' or 'error'.")
+        if missing == "error":
+            return [self.index.rows_of(h) for h in histories]
+        marked = [self.index.rows_of(h, missing="mark") for h in histories]
+        unknown = {
+            str(item)
+            for history, rows in zip(histories, marked, strict=True)
+            for item, row in zip(history, rows, strict=True)
+            if row < 0
+        }
+        if unknown:
+            shown = ", ".join(sorted(unknown)[:5])
+            log.warning(
+                "%d item(s) in the histories are not in the catalogue and were skipped: %s%s. "
+                "Pass missing='error' to stop instead.",
+                len(unknown),
+                shown,
+                " ..." if len(unknown) > 5 else "",
+            )
+        return [rows[rows >= 0] for rows in marked]
+
+    def _filter_rows(
+        self, items: Histories | Sequence[str] | None, count: int, what: str
+    ) -> list[np.ndarray]:
+        if items is None:
+            return [np.empty(0, np.int64)] * count
+        if isinstance(items, str):
+            raise UserError(f"{what}: got text, expected a list of item ids.")
+        if all(isinstance(item, str) for item in items):
+            return [self.index.rows_of(items)] * count  # type: ignore[arg-type]
+        if len(items) != count:
+            raise UserError(
+                f"{what}: got {len(items)} lists for {count} histories, expected one list for "
+                "all, or one per history."
+            )
+        return [self.index.rows_of(each) for each in items]
+
+    def _check_width(self, k: int, width: int | None) -> int:
+        for name, value in (("k", k), ("width", width)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UserError(f"{name}: got {value!r}, expected an integer >= 1.")
+        if width is None:
+            return max(self.width, k)
+        if width < k:
+            raise UserError(f"width: got {width}, expected at least k={k}. Raise width or lower k.")
+        return width
+
+    def _calibrator(self, exclude_seen: bool) -> Any:
+        name = mode_name(exclude_seen)
+        if name not in self.calibrators:
+            raise UserError(
+                f"this bundle was calibrated for {', '.join(self.calibrators)} lists only, not for "
+                f"{name} ones. Calibrate again with evaluation.masked=[true, false]."
+            )
+        return self.calibrators[name]
+
+    def _answer(
+        self,
+        rows: np.ndarray,
+        scores: np.ndarray,
+        probabilities: np.ndarray,
+        certified: np.ndarray,
+        k: int,
+    ) -> Recommendations:
+        ids = np.array([*self.index.item_ids, None], dtype=object)
+        shape = (len(rows), k)
+        item_ids = np.full(shape, None, dtype=object)
+        all_scores, all_probabilities = np.full(shape, -np.inf), np.zeros(shape)
+        got = min(k, rows.shape[1])
+        item_ids[:, :got] = ids[rows[:, :got]]
+        all_scores[:, :got] = scores[:, :got]
+        all_probabilities[:, :got] = probabilities[:, :got]
+        return Recommendations(item_ids, all_scores, all_probabilities, certified)

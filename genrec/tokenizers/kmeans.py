@@ -1,0 +1,213 @@
+"""k-means, plain, balanced and by mini-batches: deterministic under a seed, bounded in memory.
+
+Plain numpy rather than scikit-learn's `KMeans`, whose per-thread sums make the result depend on the
+number of threads; here the only parallel part is the matrix product of the distances. It knows
+nothing about levels or items.
+
+Shapes: N points, K centroids, E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+from sklearn.cluster import MiniBatchKMeans
+from threadpoolctl import threadpool_limits
+
+CHUNK = 16_384
+"""Points per block of distances: K = 256 needs 16 MB."""
+INIT_POINTS_PER_CODE = 32
+"""k-means++ looks at no more than this many points per centroid (a random sample)."""
+MINIBATCH = 16_384
+BLOCK_VALUES = 16_777_216
+"""Distances held at once while balancing (64 MB)."""
+
+
+class Clusters(NamedTuple):
+    """Result of a clustering: centroids (K, E) float32 and the label of each point (N,) int32."""
+
+    centroids: np.ndarray
+    labels: np.ndarray
+
+
+def nearest(points_NE: np.ndarray, centroids_KE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each point's nearest centroid (N,) int32 and the squared distance to it (N,) float32.
+
+    The lowest of several equally near centroids is taken.
+    """
+    labels = np.empty(len(points_NE), np.int32)
+    distances = np.empty(len(points_NE), np.float32)
+    for start in range(0, len(points_NE), CHUNK):
+        part = points_NE[start : start + CHUNK]
+        block = squared_distances(part, centroids_KE, add_norms=False)
+        best = block.argmin(axis=1)
+        labels[start : start + CHUNK] = best
+        norms = np.einsum("ne,ne->n", part, part)
+        distances[start : start + CHUNK] = np.maximum(
+            block[np.arange(len(part)), best] + norms, 0.0
+        )
+    return labels, distances
+
+
+def squared_distances(
+    points_NE: np.ndarray, centroids_KE: np.ndarray, *, add_norms: bool = True
+) -> np.ndarray:
+    """Return squared distances (N, K) float32, without ||point||^2 if `add_norms` is False."""
+    block = points_NE @ (-2.0 * centroids_KE).T
+    block += np.einsum("ke,ke->k", centroids_KE, centroids_KE)
+    if add_norms:
+        block += np.einsum("ne,ne->n", points_NE, points_NE)[:, None]
+        np.maximum(block, 0.0, out=block)
+    return block
+
+
+def kmeans(points_NE: np.ndarray, num_codes: int, *, num_iterations: int, seed: int) -> Clusters:
+    """Cluster by Lloyd's algorithm from k-means++ (on a sample).
+
+    A centroid that loses all its points moves to the point that is served worst. Every label is the
+    nearest of the returned centroids.
+
+    Args:
+        points_NE: float32, at least `num_codes` of them different.
+        num_codes: K.
+        num_iterations: upper bound; stops earlier when no label changes.
+        seed: of the k-means++ draws.
+    """
+    centroids = _initial(points_NE, num_codes, seed)
+    labels: np.ndarray | None = None
+    for _ in range(num_iterations):
+        new, distances = nearest(points_NE, centroids)
+        if labels is not None and np.array_equal(new, labels):
+            break
+        labels = new
+        centroids = _means(points_NE, labels, centroids)
+        empty = np.flatnonzero(np.bincount(labels, minlength=num_codes) == 0)
+        if len(empty):
+            worst = _worst_served(points_NE, distances, len(empty))
+            centroids[empty[: len(worst)]] = points_NE[worst]
+    return Clusters(centroids, nearest(points_NE, centroids)[0])
+
+
+def balanced_kmeans(
+    points_NE: np.ndarray, num_codes: int, *, num_iterations: int, seed: int
+) -> Clusters:
+    """Cluster into groups whose sizes differ by at most one (OneRec's balanced k-means).
+
+    In each iteration every centroid in turn takes its nearest points that are still free, up to its
+    capacity, then centroids become the means of what they took. OneRec gives every centroid the
+    capacity ceil(N / K), which leaves the last ones short; here N mod K of them hold one more than
+    the others. A label is therefore not always the nearest centroid's.
+    """
+    centroids = _initial(points_NE, num_codes, seed)
+    labels: np.ndarray | None = None
+    for _ in range(num_iterations):
+        new = _fill_in_turn(points_NE, centroids)
+        if labels is not None and np.array_equal(new, labels):
+            break
+        labels = new
+        centroids = _means(points_NE, labels, centroids)
+    assert labels is not None
+    return Clusters(centroids, labels)
+
+
+def minibatch_kmeans(
+    points_NE: np.ndarray, num_codes: int, *, num_iterations: int, seed: int
+) -> Clusters:
+    """Cluster many points with scikit-learn's mini-batch k-means, on one thread so that the seed decides.
+
+    `num_iterations` counts passes over the points.
+    """
+    with threadpool_limits(1):
+        model = MiniBatchKMeans(
+            num_codes,
+            batch_size=MINIBATCH,
+            max_iter=num_iterations,
+            max_no_improvement=None,
+            n_init=1,
+            random_state=seed,
+        ).fit(points_NE)
+    centroids = np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
+    return Clusters(centroids, nearest(points_NE, centroids)[0])
+
+
+def _initial(points_NE: np.ndarray, num_codes: int, seed: int) -> np.ndarray:
+    """Return greedy k-means++ centroids (K, E) chosen from a sample of the points.
+
+    Each centroid is the best of 2 + ln K points drawn in proportion to their squared distance from
+    the centroids so far (Arthur & Vassilvitskii 2007). scikit-learn's version gives the same
+    quality but spends more time here than all of Lloyd's iterations (float64 distances).
+    """
+    rng = np.random.default_rng(seed)
+    most = INIT_POINTS_PER_CODE * num_codes
+    if len(points_NE) > most:
+        points_NE = points_NE[np.sort(rng.choice(len(points_NE), most, replace=False))]
+    num_trials = 2 + int(np.log(num_codes))
+    norms = np.einsum("ne,ne->n", points_NE, points_NE)
+    rows = [int(rng.integers(len(points_NE)))]
+    closest = np.full(len(points_NE), np.inf, np.float32)
+    closest = _closer(points_NE, norms, rows, closest)[0]
+    for _ in range(1, num_codes):
+        cumulative = np.cumsum(closest, dtype=np.float64)
+        draws = rng.random(num_trials) * cumulative[-1]
+        trials = np.minimum(np.searchsorted(cumulative, draws), len(points_NE) - 1)
+        after = _closer(points_NE, norms, trials, closest)
+        best = int(after.sum(axis=1, dtype=np.float64).argmin())
+        rows.append(int(trials[best]))
+        closest = after[best]
+    return points_NE[rows].copy()
+
+
+def _closer(
+    points_NE: np.ndarray, norms_N: np.ndarray, rows_T: Sequence[int], closest_N: np.ndarray
+) -> np.ndarray:
+    """Return squared distances (T, N) to the nearest centroid if the point at each row became one."""
+    after_TN = points_NE[rows_T] @ points_NE.T
+    after_TN *= -2.0
+    after_TN += norms_N
+    after_TN += norms_N[rows_T][:, None]
+    np.maximum(after_TN, 0.0, out=after_TN)
+    return np.minimum(after_TN, closest_N, out=after_TN)
+
+
+def _means(points_NE: np.ndarray, labels: np.ndarray, previous_KE: np.ndarray) -> np.ndarray:
+    """Return the mean of each label's points; a label without points keeps its centroid."""
+    ones = np.ones(len(points_NE), np.float32)
+    members = sparse.csc_matrix(
+        (ones, labels, np.arange(len(points_NE) + 1)), shape=(len(previous_KE), len(points_NE))
+    )
+    counts = np.bincount(labels, minlength=len(previous_KE)).astype(np.float32)[:, None]
+    return np.divide(members @ points_NE, counts, out=previous_KE.copy(), where=counts > 0)
+
+
+def _worst_served(points_NE: np.ndarray, distances: np.ndarray, count: int) -> list[int]:
+    """Return up to `count` rows of different points, farthest from their centroids first."""
+    rows: list[int] = []
+    seen: set[bytes] = set()
+    for row in np.argsort(-distances, kind="stable"):
+        key = points_NE[row].tobytes()
+        if len(rows) == count or distances[row] <= 0:
+            break
+        if key not in seen:
+            seen.add(key)
+            rows.append(int(row))
+    return rows
+
+
+def _fill_in_turn(points_NE: np.ndarray, centroids_KE: np.ndarray) -> np.ndarray:
+    num_points, num_codes = len(points_NE), len(centroids_KE)
+    smallest, larger = divmod(num_points, num_codes)
+    labels = np.full(num_points, -1, np.int32)
+    codes_at_once = max(1, BLOCK_VALUES // num_points)
+    for first in range(0, num_codes, codes_at_once):
+        block = centroids_KE[first : first + codes_at_once]
+        distances_KN = block @ (-2.0 * points_NE.T)
+        distances_KN += np.einsum("ne,ne->n", points_NE, points_NE)
+        for code, distances in enumerate(distances_KN, start=first):
+            capacity = smallest + (code < larger)
+            distances[labels >= 0] = np.inf
+            if capacity:
+                labels[np.argpartition(distances, capacity - 1)[:capacity]] = code
+    return labels

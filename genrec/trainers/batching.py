@@ -1,0 +1,106 @@
+"""Which training examples stand in which batch, as a pure function of (seed, epoch).
+
+Data stays in memory as flat arrays; there is no DataLoader and no hidden state, so resuming is
+knowing the epoch and the batch number, and any number of processes can compute the same plan and
+take their share of each batch.
+
+Shapes: U users, X examples, B batch rows, H history items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from genrec.data.interactions import Interactions
+from genrec.models.base import Batch
+
+# Examples are sorted by length inside blocks of this many batches: little padding, much shuffling.
+BLOCK_BATCHES = 32
+
+
+@dataclass(frozen=True)
+class Spans:
+    """X slices [start, stop) of a flat array of item rows; the last item is a target."""
+
+    start: np.ndarray
+    stop: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+class TrainingExamples:
+    """Training sequences of all users and the ways to cut them.
+
+    Args:
+        interactions: training interactions only.
+        unit: "target": one example per (user, position), history -> target, as encoder-decoders
+            train; "sequence": one example per stretch of max_history + 1 items, every position a
+            target, as causal models train.
+        max_history: history items that a model sees.
+    """
+
+    def __init__(
+        self, interactions: Interactions, unit: Literal["target", "sequence"], max_history: int
+    ) -> None:
+        self.flat = interactions.item_rows.astype(np.int64)
+        self.offsets = interactions.offsets
+        self.unit = unit
+        self.max_history = max_history
+
+    def spans(self, seed: int, epoch: int) -> Spans:
+        """Return the examples of one epoch.
+
+        Long sequences are cut into consecutive stretches whose borders are drawn anew in every
+        epoch, so that no position is always without context.
+        """
+        first, last = self.offsets[:-1], self.offsets[1:]
+        if self.unit == "target":
+            position = np.arange(len(self.flat))
+            begin = np.repeat(first, last - first)
+            return Spans(np.maximum(begin, position - self.max_history), position + 1)
+        length = self.max_history + 1
+        rng = np.random.default_rng([seed, epoch, 1])
+        starts, stops = [], []
+        for a, b in zip(first.tolist(), last.tolist(), strict=True):
+            if b - a <= length:
+                cuts = [a, b]
+            else:
+                shift = int(rng.integers(1, length + 1))
+                cuts = [a, *range(a + shift, b, length), b]
+            starts.extend(cuts[:-1])
+            stops.extend(cuts[1:])
+        start, stop = np.array(starts, np.int64), np.array(stops, np.int64)
+        keep = stop > start
+        return Spans(start[keep], stop[keep])
+
+    def plan(self, batch_size: int, seed: int, epoch: int) -> tuple[Spans, list[np.ndarray]]:
+        """Return the epoch's spans and its batches (arrays of positions in the spans)."""
+        spans = self.spans(seed, epoch)
+        rng = np.random.default_rng([seed, epoch, 2])
+        order = rng.permutation(len(spans))
+        length = spans.stop - spans.start
+        batches: list[np.ndarray] = []
+        for begin in range(0, len(order), batch_size * BLOCK_BATCHES):
+            block = order[begin : begin + batch_size * BLOCK_BATCHES]
+            block = block[np.argsort(length[block], kind="stable")]
+            batches.extend(np.array_split(block, range(batch_size, len(block), batch_size)))
+        return spans, [batches[i] for i in rng.permutation(len(batches))]
+
+    def batch(self, spans: Spans, chosen: np.ndarray) -> Batch:
+        """Return the padded batch of some spans (int64, right padded with -1)."""
+        start, stop = spans.start[chosen], spans.stop[chosen]
+        if self.unit == "target":
+            return Batch(self._gather(start, stop - 1), torch.from_numpy(self.flat[stop - 1]))
+        return Batch(self._gather(start, stop))
+
+    def _gather(self, start: np.ndarray, stop: np.ndarray) -> torch.Tensor:
+        length = stop - start
+        column = np.arange(int(length.max(initial=0)))
+        place = np.minimum(start[:, None] + column, len(self.flat) - 1)
+        rows = np.where(column < length[:, None], self.flat[place], -1)
+        return torch.from_numpy(rows)
