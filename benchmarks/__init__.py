@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.NAME [--quick] --json FILE`; each compares with a named peer."""
+"""`python -m benchmarks.NAME [--quick] --json FILE`: figures beside those of a named peer."""

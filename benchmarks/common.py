@@ -60,7 +60,13 @@ class Row:
 
     @classmethod
     def of_timings(
-        cls, case: str, baseline: str, ours: Timing, theirs: Timing, equal: bool | None, **details: Any
+        cls,
+        case: str,
+        baseline: str,
+        ours: Timing,
+        theirs: Timing,
+        equal: bool | None,
+        **details: Any,
     ) -> Row:
         """Compare CPU seconds; wall seconds go to the details."""
         details |= {

@@ -45,7 +45,7 @@ def write_csv(path: Path, num_rows: int, seed: int = 0) -> None:
                     "user": rng.integers(num_users, size=size),
                     "item": (num_items * rng.random(size) ** 2).astype(np.int64),
                     "rating": rng.integers(1, 6, size=size),
-                    "time": 1_300_000_000 + 86_400 * rng.integers(0, 1_000, size=size),
+                    "time": 1_300_000_000 + 86_400 * rng.integers(0, 40, size=size),
                 }
             ).with_columns(
                 user="A" + pl.col("user").cast(pl.String).str.zfill(13),

@@ -2,7 +2,9 @@
 
 Same weights, same beam, same renormalised scores, one process, one thread; the lists must be equal.
 Weights are random: what is timed does not depend on them, and whether lists are equal is harder to
-satisfy than on a trained model's.
+satisfy than on a trained model's. Under renormalised scoring our search stops running the model for
+prefixes with one item left; "fixed shapes" is the variant for GPUs, which does so only where the
+catalogue alone tells it.
 
     python -m benchmarks.decoding [--quick] [--json FILE]
 """
@@ -24,8 +26,6 @@ from genrec.item_index import ItemIndex
 from genrec.models.base import FIRST_TOKEN, START, Backbone, Batch
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
-
-SCORE_GAP = 1e-4  # items closer than this may change places between two float32 programs
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def spread(model: Backbone, factor: float) -> Backbone:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
-                weight *= factor
+                weight.mul_(factor)
     return model.eval()
 
 
@@ -78,12 +78,10 @@ def peer(
     model: EncoderDecoder | DecoderOnly, index: ItemIndex, batch: Batch, beam: int
 ) -> Callable[[], Any]:
     """Return a call of `generate` on the same weights."""
-    theirs = model.to_hugging_face()
+    theirs: Any = model.to_hugging_face()
     prompt_BT = prompt_of(model, batch)
     prompt_length = 1 if isinstance(model, EncoderDecoder) else prompt_BT.shape[1]
-    allowed = prefix_allowed_tokens_fn(
-        index, first_token=FIRST_TOKEN, prompt_length=prompt_length
-    )
+    allowed = prefix_allowed_tokens_fn(index, first_token=FIRST_TOKEN, prompt_length=prompt_length)
 
     def run() -> Any:
         with torch.inference_mode():
@@ -120,14 +118,17 @@ def compare(beams: Beams, output: Any, index: ItemIndex, model: Backbone) -> dic
     }
 
 
-def case_against_generate(name: str, model: Any, index: ItemIndex, size: Size) -> common.Row:
+def case_against_generate(
+    name: str, model: Any, index: ItemIndex, size: Size, static_shapes: bool | None = None
+) -> common.Row:
     """Time one backbone against `generate`."""
     batch = random_batch(size)
     constraint = CSRIndex.from_index(index)
+    options: Any = {"width": size.beam, "k": size.beam, "static_shapes": static_shapes}
 
     def ours() -> Beams:
         with torch.inference_mode():
-            return beam_search(model, batch, constraint, width=size.beam, k=size.beam)
+            return beam_search(model, batch, constraint, **options)
 
     theirs = peer(model, index, batch, size.beam)
     details = compare(ours(), theirs(), index, model)
@@ -159,11 +160,47 @@ def case_denied_items(model: Any, index: ItemIndex, size: Size, denied: int) -> 
     return common.Row.of_timings(name, "ours_without_filter", *timings, clean)
 
 
+def case_catalogue_size(model: Any, index: ItemIndex, size: Size, small: int) -> common.Row:
+    """Time the same model on the first `small` items and on all; ratio 1 means no difference."""
+    batch = random_batch(size)
+    batch = Batch(batch.history_BH % small)
+    constraints = [
+        CSRIndex.from_codes(codes_NL, index.codebook_sizes)
+        for codes_NL in (index.codes, index.codes[:small])
+    ]
+
+    def search(constraint: CSRIndex) -> Beams:
+        with torch.inference_mode():
+            return beam_search(
+                model, batch, constraint, width=size.beam, k=size.beam, static_shapes=True
+            )
+
+    timings = common.alternate(
+        lambda: search(constraints[0]), lambda: search(constraints[1]), runs=size.runs
+    )
+    name = f"{len(index):,} items"
+    return common.Row.of_timings(name, f"ours_with_{small}_items", *timings, None)
+
+
+def case_index(index: ItemIndex) -> common.Row:
+    """Build the index, beside the dictionary of a prefix function."""
+    constraint = CSRIndex.from_index(index)
+    timings = common.alternate(
+        lambda: CSRIndex.from_index(index),
+        lambda: prefix_allowed_tokens_fn(index, first_token=FIRST_TOKEN, prompt_length=1),
+        runs=3,
+        warm_up=0,
+    )
+    name = f"build the index of {len(index):,} items"
+    size = constraint.num_bytes / len(index)
+    return common.Row.of_timings(name, "dictionary", *timings, None, bytes_per_item=size)
+
+
 def encoder_decoder(index: ItemIndex, size: Size, **options: Any) -> Backbone:
     """Return a random T5-style model of TIGER's size."""
     torch.manual_seed(0)
     config = EncoderDecoder.Config(max_history=size.history, **options)
-    return spread(EncoderDecoder.from_index(config, index), 1.5)
+    return spread(EncoderDecoder.from_index(config, index), 2.0)
 
 
 def decoder_only(index: ItemIndex, size: Size, **options: Any) -> Backbone:
@@ -185,15 +222,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     tiger_index, prompt_index = random_catalogue(tiger), random_catalogue(prompt)
     small = {"d_model": 64, "num_layers": 2, "num_heads": 2, "d_ff": 128} if quick else {}
     large = small or {"d_model": 256, "num_layers": 6, "num_heads": 8, "d_ff": 768}
-    t5, causal = encoder_decoder(tiger_index, tiger, **small), decoder_only(
-        prompt_index, prompt, **large
+    t5, causal = (
+        encoder_decoder(tiger_index, tiger, **small),
+        decoder_only(prompt_index, prompt, **large),
     )
+    large_index = random_catalogue(
+        Size(20_000 if quick else 1_000_000, tiger.num_codes, 1, 1, 1, 1)
+    )
+    wide_t5 = encoder_decoder(large_index, tiger, **small)
     one = Size(tiger.num_items, tiger.num_codes, 1, tiger.history, tiger.beam, tiger.runs)
     rows = [
         case_against_generate("encoder_decoder", t5, tiger_index, tiger),
         case_against_generate("encoder_decoder, one request", t5, tiger_index, one),
         case_against_generate("decoder_only", causal, prompt_index, prompt),
+        case_against_generate("encoder_decoder, fixed shapes", t5, tiger_index, tiger, True),
         case_denied_items(t5, tiger_index, tiger, 100 if quick else 1_000),
+        case_catalogue_size(wide_t5, large_index, tiger, 2_000 if quick else 10_000),
+        case_index(large_index),
     ]
     return common.report(rows, arguments.json)
 

@@ -62,9 +62,9 @@ class Artifact:
         got = self.upstream.get(name)
         if got != fingerprint:
             raise MismatchError(
-                f"{self.manifest['kind']} at {str(self.path)!r} was made with {name} {got}, but the "
-                f"{name} given here is {fingerprint}. Load the {name} stored beside it, or make the "
-                f"{self.manifest['kind']} again."
+                f"{self.manifest['kind']} at {str(self.path)!r} was made with {name} {got}, but "
+                f"the {name} given here is {fingerprint}. Load the {name} stored beside it, or make "
+                f"the {self.manifest['kind']} again."
             )
 
 
@@ -83,7 +83,7 @@ def _update(digest: Any, part: Any) -> None:
         else:
             array = np.ascontiguousarray(part)
             digest.update(f"array:{array.dtype.str}:{array.shape};".encode())
-            digest.update(memoryview(array.reshape(-1).view(np.uint8)) if array.size else b"")
+            digest.update(array.tobytes())
             return
     if isinstance(part, bytes):
         digest.update(f"bytes:{len(part)};".encode())
@@ -271,9 +271,7 @@ def read_manifest(path: str | Path, *, kind: str | None = None) -> dict[str, Any
             f"to {FORMAT_VERSION}. Install a newer genrec."
         )
     if kind is not None and manifest["kind"] != kind:
-        raise ArtifactError(
-            f"{str(path)!r} is a {manifest['kind']!r} artifact, expected {kind!r}."
-        )
+        raise ArtifactError(f"{str(path)!r} is a {manifest['kind']!r} artifact, expected {kind!r}.")
     if manifest["fingerprint"] != _manifest_fingerprint(manifest):
         raise ArtifactError(
             f"{str(path / MANIFEST)!r} was edited: its content does not match its fingerprint "

@@ -159,9 +159,7 @@ def load_bundle(path: str | Path) -> Bundle:
     catalog = Catalog(pl.read_parquet(path / CATALOG))
     _check_catalog(catalog, index)
     calibrators, width = load_calibration(path / "calibration")
-    return Bundle(
-        catalog, index, load_model(path / "model", index), calibrators, width, artifact
-    )
+    return Bundle(catalog, index, load_model(path / "model", index), calibrators, width, artifact)
 
 
 def _check_catalog(catalog: Catalog, index: ItemIndex) -> None:

@@ -143,9 +143,7 @@ def parse_component(
     if isinstance(data, str):
         data = {"name": data}
     if not isinstance(data, Mapping) or "name" not in data:
-        raise ConfigError(
-            f"{path}.name: missing. Expected one of {', '.join(sorted(registry))}."
-        )
+        raise ConfigError(f"{path}.name: missing. Expected one of {', '.join(sorted(registry))}.")
     name = data["name"]
     if name not in registry:
         raise ConfigError(

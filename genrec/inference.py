@@ -42,7 +42,9 @@ class RankedLists:
 
     def top(self, k: int) -> RankedLists:
         """Return the first k columns."""
-        return RankedLists(self.rows[:, :k], self.logprobs[:, :k], self.certified, self.num_eligible)
+        return RankedLists(
+            self.rows[:, :k], self.logprobs[:, :k], self.certified, self.num_eligible
+        )
 
 
 @torch.inference_mode()

@@ -35,13 +35,15 @@ class CollisionPolicy(Protocol):
 class CodesItems(Protocol):
     """What `ItemIndex.build` needs of a fitted tokenizer."""
 
-    codebook_sizes: tuple[int, ...]
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Sizes of the L levels."""
 
     def encode(self, catalog: Any) -> IntArray:
         """Return codes (M, L)."""
 
-    def collision_policy(self, name: str) -> CollisionPolicy:
-        """Return the policy registered under `name`."""
+    def collision_policy(self, name: str, catalog: Any = None) -> CollisionPolicy:
+        """Return the policy registered under `name`, able to weigh distances of these items."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,9 @@ class ItemIndex:
         """
         codes = tokenizer.encode(catalog)
         policy = (
-            tokenizer.collision_policy(collisions) if isinstance(collisions, str) else collisions
+            tokenizer.collision_policy(collisions, catalog)
+            if isinstance(collisions, str)
+            else collisions
         )
         codes, sizes = policy(codes, tokenizer.codebook_sizes, catalog.item_ids)
         return cls(tuple(catalog.item_ids), codes, tuple(sizes))
@@ -168,7 +172,9 @@ class ItemIndex:
 
     def rows_of_codes(self, codes_ML: IntArray) -> IntArray:
         """Return the rows (M,) int64 of semantic IDs, -1 where no item has that semantic ID."""
-        found = [self._row_by_codes.get(tuple(c), MISSING_ROW) for c in np.asarray(codes_ML).tolist()]
+        found = [
+            self._row_by_codes.get(tuple(c), MISSING_ROW) for c in np.asarray(codes_ML).tolist()
+        ]
         return np.array(found, dtype=np.int64)
 
     def to_tokens(self, codes_ML: IntArray, first_token: int) -> IntArray:
@@ -180,10 +186,24 @@ class ItemIndex:
         return self.to_tokens(self.codes, first_token)
 
     def add(self, item_ids: Sequence[str], codes: IntArray) -> ItemIndex:
-        """Return an index with items appended; no existing row or code changes."""
+        """Return an index with items appended; no existing row or code changes.
+
+        Args:
+            item_ids: M new ids.
+            codes: (M, L), none of them taken, within the levels' sizes.
+
+        Raises:
+            UserError: ids or codes that are taken, codes out of range, or lengths that differ.
+        """
+        codes = np.asarray(codes, dtype=np.int32)
+        if codes.shape != (len(item_ids), self.num_levels):
+            raise UserError(
+                f"ItemIndex.add: got codes of shape {codes.shape}, expected "
+                f"{(len(item_ids), self.num_levels)} (items, levels)."
+            )
         return ItemIndex(
             (*self.item_ids, *map(str, item_ids)),
-            np.concatenate([self.codes, np.asarray(codes, dtype=np.int32)]),
+            np.concatenate([self.codes, codes]),
             self.codebook_sizes,
         )
 

@@ -123,7 +123,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
     """
     quiet = process_index() != 0 or os.environ.get("GENREC_PROGRESS") == "0"
     if quiet or not sys.stderr.isatty():
-        yield lambda n=1: None
+        yield _nothing
         return
     from rich.console import Console
     from rich.progress import (
@@ -145,4 +145,12 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda n=1: bar.advance(task, n)
+
+        def advance(count: int = 1) -> None:
+            bar.advance(task, count)
+
+        yield advance
+
+
+def _nothing(count: int = 1) -> None:
+    """Stand in for the progress bar where none is shown."""

@@ -29,3 +29,55 @@ def beauty_folder() -> Path:
     if not folder.is_dir():
         pytest.skip("needs shared/data/amazon-beauty beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ring_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset folder of 184 items ("0" to "183") that follow each other in a ring."""
+    from genrec.data.synthetic import ring
+
+    path = tmp_path_factory.mktemp("data") / "ring"
+    ring(num_items=184, num_users=184, length=8).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory: pytest.TempPathFactory, ring_dataset: Path) -> Path:
+    """A complete configuration that runs in seconds."""
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(
+        f"""
+name: small
+seeds: [1]
+data: {ring_dataset}
+features: {{name: lsa, num_dimensions: 64}}
+tokenizer: {{name: rqkmeans, num_levels: 2, codebook_size: 8}}
+model: {{name: decoder_only, max_history: 6, d_model: 16, num_layers: 1, num_heads: 2, d_ff: 32}}
+trainer: {{epochs: 2, batch_size: 32, validation_users: 50, validation_width: 10}}
+decoding: {{width: 12}}
+evaluation: {{bootstrap_samples: 100}}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage cache shared by the tests of a session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def small_run(
+    tmp_path_factory: pytest.TempPathFactory, small_config: Path, small_cache: Path
+) -> Path:
+    """A run folder made by the pipeline itself: bundle/, results.json, report.html."""
+    from genrec.pipeline.config import load_run_config
+    from genrec.pipeline.run import Run
+
+    out = tmp_path_factory.mktemp("runs") / "small"
+    Run(load_run_config(small_config), out=out, cache=small_cache, device="cpu").execute(
+        command="genrec run small.yaml"
+    )
+    return out

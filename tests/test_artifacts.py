@@ -37,8 +37,13 @@ def test_save_and_load_are_equal(tmp_path: Path) -> None:
     loaded = load_artifact(tmp_path / "v", kind="vectors")
     assert loaded.fingerprint == saved.fingerprint
     assert loaded.config == {"x": 1} and loaded.extra == {"n": 2}
-    assert np.array_equal(loaded.arrays["a"], saved.arrays["a"]) and loaded.arrays["b"].dtype == bool
-    assert sorted(p.name for p in (tmp_path / "v").iterdir()) == ["arrays.safetensors", "manifest.json"]
+    assert (
+        np.array_equal(loaded.arrays["a"], saved.arrays["a"]) and loaded.arrays["b"].dtype == bool
+    )
+    assert sorted(p.name for p in (tmp_path / "v").iterdir()) == [
+        "arrays.safetensors",
+        "manifest.json",
+    ]
 
 
 def test_the_fingerprint_is_of_content_only(tmp_path: Path) -> None:
@@ -52,7 +57,7 @@ def test_truncated_and_edited_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "v" / "arrays.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    with pytest.raises(ArtifactError, match="damaged: .* bytes"):
+    with pytest.raises(ArtifactError, match=r"damaged: .* bytes"):
         load_artifact(tmp_path / "v", kind="vectors")
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ArtifactError, match="checksum"):

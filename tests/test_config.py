@@ -107,8 +107,15 @@ def test_all_problems_are_reported_at_once() -> None:
             }
         )
     message = str(error.value)
-    for words in ("tokeniser: unknown key", "'tokenizer'", "'rqkmeans'", "model.d_modell",
-                  "'d_model'", "trainer.epochs: got 0", "seeds"):
+    for words in (
+        "tokeniser: unknown key",
+        "'tokenizer'",
+        "'rqkmeans'",
+        "model.d_modell",
+        "'d_model'",
+        "trainer.epochs: got 0",
+        "seeds",
+    ):
         assert words in message, message
 
 

@@ -1,4 +1,4 @@
-"""The search on models with known answers: fast = reference = brute force, filters, certificates."""
+"""The search on models with known answers: fast = reference = brute force, filters, proofs."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_ties_are_broken_alike_by_fast_and_reference(width, static):
 
 
 def test_prefixes_with_one_item_left_do_not_run_the_model_again():
-    index, constraint, model = world(12, (12, 9, 9, 9), seed=3)
+    _, constraint, model = world(12, (12, 9, 9, 9), seed=3)
     width = 6
     beams = beam_search(model, torch.arange(2), constraint, width=width, k=width)
     assert sum(model.rows_per_step) < 2 * (1 + 3 * width)
@@ -186,7 +186,7 @@ def test_prefixes_with_one_item_left_do_not_run_the_model_again():
 
 
 def test_k_above_the_catalogue_is_padded():
-    index, constraint, model = world(3, (4, 4))
+    _, constraint, model = world(3, (4, 4))
     beams = beam_search(model, torch.arange(2), constraint, width=5, k=9)
     assert beams.rows_Bk.shape == (2, 9) and beams.codes_BkL.shape == (2, 9, 2)
     assert (beams.rows_Bk[:, :3] >= 0).all() and (beams.rows_Bk[:, 3:] == -1).all()
@@ -217,7 +217,7 @@ def test_bfloat16_logits_are_scored_in_float32():
         def logits(self, request, prefix):
             return super().logits(request, prefix).bfloat16()
 
-    index, constraint, _ = world()
+    _, constraint, _ = world()
     model = Half(SIZES)
     beams = beam_search(model, torch.arange(2), constraint, width=40, k=40)
     assert beams.logprobs_Bk.dtype == torch.float32
@@ -283,7 +283,9 @@ def test_candidates_score_as_in_brute_force_and_prefixes_run_once():
     scores_BC = score_candidates(model, batch, constraint, rows_BC)
     for b in range(3):
         for c, row in enumerate(rows_BC[b].tolist()):
-            assert scores_BC[b, c] == (-torch.inf if row < 0 else pytest.approx(truth_BN[b, row], abs=1e-4))
+            assert scores_BC[b, c] == (
+                -torch.inf if row < 0 else pytest.approx(truth_BN[b, row], abs=1e-4)
+            )
     score_candidates(model, batch[:1], constraint, torch.arange(40)[None])
     shared = [
         len({tuple(c) for c in index.codes[:, :d].tolist()} - singles(index, d)) for d in (1, 2, 3)

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrec.decoding import CSRIndex, Trie
-from genrec.decoding import csr as csr_module
+from genrec.decoding import CSRIndex, Trie, levels
 from genrec.errors import UserError
 from genrec.testing import ConstraintIndexContract, random_index
 
@@ -27,7 +26,7 @@ class TestCSRIndex(ConstraintIndexContract):
 class TestCSRIndexWithoutDenseLevels(ConstraintIndexContract):
     @pytest.fixture(autouse=True)
     def never_dense(self, monkeypatch):
-        monkeypatch.setattr(csr_module, "DENSE_FILL", 2.0)
+        monkeypatch.setattr(levels, "DENSE_FILL", 2.0)
 
     def make(self, index):
         constraint = CSRIndex.from_index(index)
@@ -38,7 +37,7 @@ class TestCSRIndexWithoutDenseLevels(ConstraintIndexContract):
 class TestCSRIndexWithDenseLevelsOnly(ConstraintIndexContract):
     @pytest.fixture(autouse=True)
     def always_dense(self, monkeypatch):
-        monkeypatch.setattr(csr_module, "DENSE_FILL", 0.0)
+        monkeypatch.setattr(levels, "DENSE_FILL", 0.0)
 
     def make(self, index):
         constraint = CSRIndex.from_index(index)

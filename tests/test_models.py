@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,14 @@ from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
 from genrec.models.layers import _buckets
 from genrec.runtime import load_object
-from genrec.testing.models import HISTORIES, MAX_HISTORY, SIZES, BackboneContract, small_codes
+from genrec.testing.models import (
+    HISTORIES,
+    MAX_HISTORY,
+    SIZES,
+    BackboneContract,
+    greedy_items,
+    small_codes,
+)
 
 SMALL = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48}
 
@@ -38,12 +47,12 @@ def index() -> ItemIndex:
 
 class TestEncoderDecoder(BackboneContract):
     backbone = EncoderDecoder
-    options = {**SMALL, "d_kv": 8}
+    options: ClassVar = {**SMALL, "d_kv": 8}
 
 
 class TestEncoderDecoderWithOptions(BackboneContract):
     backbone = EncoderDecoder
-    options = {
+    options: ClassVar = {
         **SMALL,
         "d_kv": 8,
         "activation": "gated-gelu",
@@ -55,12 +64,12 @@ class TestEncoderDecoderWithOptions(BackboneContract):
 
 class TestDecoderOnly(BackboneContract):
     backbone = DecoderOnly
-    options = SMALL
+    options: ClassVar = SMALL
 
 
 class TestDecoderOnlyWithOptions(BackboneContract):
     backbone = DecoderOnly
-    options = {
+    options: ClassVar = {
         **SMALL,
         "num_layers": 1,
         "activation": "gelu",
@@ -158,6 +167,34 @@ def _compare_levels(model, batch, logits_BLV, target_tokens_BL):
             logits, state = model.step(codes_BL[:, level], state, rows)
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_exported_models_generate_the_same_items(name, index):
+    """The library's own `generate` works on the export, without settings of ours."""
+    cls = load_object(BACKBONES[name])
+    torch.manual_seed(0)
+    model = cls.from_index(cls.Config(**SMALL), index).eval()
+    with torch.no_grad():
+        model.embedding.weight.mul_(3.0)
+    batch = pad_histories([[1, 2], [3, 9], [7, 7]], MAX_HISTORY)
+    tokens_BT, visible_BT = model.prompt(batch.history_BH)
+    starts = [*model.level_offsets_L.tolist(), model.num_tokens]
+    prompt_length = 1 if name == "encoder_decoder" else tokens_BT.shape[1]
+
+    def allowed(_, prefix):
+        level = len(prefix) - prompt_length
+        return list(range(starts[level], starts[level + 1]))
+
+    found = model.to_hugging_face().generate(
+        tokens_BT,
+        attention_mask=visible_BT.long(),
+        max_new_tokens=len(SIZES),
+        do_sample=False,
+        prefix_allowed_tokens_fn=allowed,
+    )[:, prompt_length:]
+    with torch.no_grad():
+        assert torch.equal(found - model.level_offsets_L, greedy_items(model, batch))
+
+
 @pytest.mark.parametrize(
     ("cls", "options", "told"),
     [
@@ -229,7 +266,7 @@ def test_tokens_that_do_not_fit_are_refused(index):
 
 def test_heads_that_do_not_divide_the_width_are_refused(index):
     config = DecoderOnly.Config(d_model=32, num_heads=3)
-    with pytest.raises(ConfigError, match="model.num_heads: got 3 heads for d_model 32"):
+    with pytest.raises(ConfigError, match=r"model\.num_heads: got 3 heads for d_model 32"):
         DecoderOnly.from_index(config, index)
 
 

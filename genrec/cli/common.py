@@ -43,11 +43,15 @@ def print_results(results: dict[str, Any]) -> None:
     """Print the headline table of a results.json, masked and unmasked."""
     dataset = results["dataset"]
     seeds = ", ".join(str(seed) for seed in results["seeds"])
+    who = f" (genrec: seeds {seeds})" if seeds else ""
     for masked in dict.fromkeys(row["masked"] for row in results["rows"]):
         seen = "seen items left out" if masked else "seen items kept in"
-        title = f"{dataset['name']}: test, full ranking, {seen} (genrec: seeds {seeds})"
+        split = results["rows"][0]["split"]
+        title = f"{dataset['name']}: {split}, full ranking, {seen}{who}"
         rows = [_row(row) for row in results["rows"] if row["masked"] == masked]
-        print_table(title, ["", "R@10", "95% interval", "N@10", "95% interval", "R@10 - popular"], rows)
+        print_table(
+            title, ["", "R@10", "95% interval", "N@10", "95% interval", "R@10 - popular"], rows
+        )
 
 
 def _row(row: dict[str, Any]) -> list[str]:

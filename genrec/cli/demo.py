@@ -44,7 +44,7 @@ def register(app: typer.Typer) -> None:
         print_results(results)
         print_samples(results["samples"])
         typer.echo(
-            f"\nBundle, results.json and report.html (open it in a browser) are in {out}/. Ask it:\n"
+            f"\nBundle, results.json and report.html (open it in a browser) are in {out}/. Ask:\n"
             f"  genrec recommend {out}/bundle --history 50,181,174 -k 10"
         )
 
@@ -52,6 +52,9 @@ def register(app: typer.Typer) -> None:
 def print_samples(samples: list[dict]) -> None:
     """Print example users: their last items and the recommended titles with probabilities."""
     for sample in samples:
-        typer.echo(f"\nLast items: {' > '.join(sample['history'])}")
-        for place, item in enumerate(sample["items"], start=1):
-            typer.echo(f"  {place}. {item['probability']:6.2%}  {item['title']}")
+        last = " > ".join(item["title"] or item["item_id"] for item in sample["history"])
+        typer.echo(f"\n{sample['label']}, last items: {last}")
+        for place, item in enumerate(sample["recommended"], start=1):
+            mark = "  <- what came next" if item["is_target"] else ""
+            title = item["title"] or item["item_id"]
+            typer.echo(f"  {place}. {item['probability']:6.2%}  {title}{mark}")

@@ -52,9 +52,7 @@ def register(app: typer.Typer) -> None:
             print_json(
                 [
                     {"history": asked, "certified": bool(certain), "items": items}
-                    for asked, certain, items in zip(
-                        histories, found.certified, lists, strict=True
-                    )
+                    for asked, certain, items in zip(histories, found.certified, lists, strict=True)
                 ]
             )
             return

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import polars as pl
 
 from genrec.data.catalog import ITEM_ID, TITLE
-from genrec.data.reading import ROW, Chunk, RawFile, json_lines, records
+from genrec.data.formats import ROW, Chunk, json_lines, records
+from genrec.data.reading import RawFile
 from genrec.data.source import (
     ITEM,
     RATING,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from genrec.data.reading import ROW, BadRow, Chunk
+from genrec.data.formats import ROW, BadRow, Chunk
 from genrec.data.source import ITEM, RATING, TIMESTAMP, USER, Source, TimeFormat
 from genrec.errors import DataError
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import polars as pl
 
 from genrec.data.catalog import ITEM_ID, TITLE
-from genrec.data.reading import ROW, Chunk, RawFile, delimited
+from genrec.data.formats import ROW, Chunk, delimited
+from genrec.data.reading import RawFile
 from genrec.data.source import (
     ITEM,
     RATING,

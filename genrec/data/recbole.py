@@ -11,7 +11,8 @@ from typing import Any, Literal
 import polars as pl
 
 from genrec.data.catalog import ITEM_ID, TITLE
-from genrec.data.reading import ROW, Chunk, RawFile, delimited, require_columns
+from genrec.data.formats import ROW, Chunk, delimited, require_columns
+from genrec.data.reading import RawFile
 from genrec.data.source import (
     ITEM,
     RATING,

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 import polars as pl
 
 from genrec.data.catalog import ITEM_ID, TITLE
-from genrec.data.reading import ROW, BadRow, Chunk, RawFile, as_text, blocks, records
+from genrec.data.formats import ROW, BadRow, Chunk, as_text, records
+from genrec.data.reading import RawFile, blocks
 from genrec.data.source import (
     ITEM,
     TIMESTAMP,

@@ -15,7 +15,8 @@ import polars as pl
 
 from genrec.config import StrictConfig
 from genrec.data.catalog import ITEM_ID, TITLE
-from genrec.data.reading import Chunk, RawFile, as_text
+from genrec.data.formats import Chunk, as_text
+from genrec.data.reading import RawFile
 from genrec.errors import DataError
 
 USER, ITEM, TIMESTAMP, RATING = "user", "item", "timestamp", "rating"

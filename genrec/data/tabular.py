@@ -13,10 +13,9 @@ from typing import Any, Literal
 import polars as pl
 
 from genrec.data.catalog import ITEM_ID, TITLE
-from genrec.data.reading import (
+from genrec.data.formats import (
     ROW,
     Chunk,
-    RawFile,
     as_text,
     delimited,
     json_lines,
@@ -25,6 +24,7 @@ from genrec.data.reading import (
     records,
     require_columns,
 )
+from genrec.data.reading import RawFile
 from genrec.data.source import (
     ITEM,
     RATING,

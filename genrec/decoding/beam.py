@@ -1,11 +1,11 @@
 """Which k items does a model rank highest, found with a beam over the tree of the catalogue?
 
 One search for all backbones: constrained, renormalised, batched, with fixed shapes and no
-synchronisation with the host. It knows neither networks (see `StepModel`) nor item ids. The readable
+synchronisation with the host. It knows neither networks (see `StepModel`) nor item ids. The slow
 twin is `trie.reference_beam_search`; docs/decoding.md explains the method.
 
 Shapes: B requests, W beam width, U rows of a request that the model sees (U <= W), R = B*U rows,
-C columns of children, K codes, X candidates of a request, Y of them chosen, L levels, k list length.
+C columns of children, K codes, X candidates of a request, Y of them chosen, L levels, k results.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from genrec.decoding.csr import CSRIndex, Expansion
+from genrec.decoding.csr import CSRIndex
 from genrec.decoding.filters import NodeFilter
+from genrec.decoding.levels import Expansion
 from genrec.decoding.protocol import NO_ROW, Beams, Filters, Scoring, StepModel, check_search
 
 
@@ -58,7 +59,7 @@ def beam_search(
         the filters leave nothing.
 
     Raises:
-        UserError: width or k below 1, k above width, filters that do not fit the batch or catalogue.
+        UserError: width or k below 1, k above width, filters that do not fit batch or catalogue.
     """
     check_search(width, k, constraint.num_items, scoring)
     logits_BK, state = model.begin(batch)
@@ -148,7 +149,7 @@ class Search:
         self.skips = scoring == "renormalized"
         shared = constraint.num_shared
         levels = range(constraint.depth)
-        self.last = next(l for l in levels if shared[l + 1] == 0) if self.skips else levels[-1]
+        self.last = next(n for n in levels if shared[n + 1] == 0) if self.skips else levels[-1]
 
     @torch.no_grad()
     def run(self, model: StepModel, logits_BK: Tensor, state: Any, *, width: int, k: int) -> Beams:

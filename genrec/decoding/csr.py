@@ -4,114 +4,21 @@ Items are sorted by semantic ID; a node of depth d is a range of sorted position
 are consecutive nodes of depth d + 1 (a "flat trie": code and child pointer arrays per level). It
 knows no network and no scores. The readable twin is `trie.Trie`; both are tested to be equal.
 
-Shapes: N items, L levels, R rows, C columns of children, K codes, X any.
+Shapes: N items, L levels, R rows, C columns of children, X any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from genrec.decoding.levels import Level, build_level, take
 from genrec.decoding.protocol import Children
 from genrec.errors import UserError
 from genrec.item_index import ItemIndex
-
-# A level is read through a mask where it is well filled and the mask is small beside the rest.
-DENSE_FILL = 1 / 16
-DENSE_BYTES_PER_ITEM = 1.0
-DENSE_BYTES_FREE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Level:
-    """The children of all nodes of one depth.
-
-    Args:
-        pointers: (nodes + 1,) int32; node j's children are pointers[j] ... pointers[j + 1] - 1.
-        codes: (children,) uint8, int16 or int32, ascending within a node.
-        mask: (nodes, K) bool where the level is dense, else None.
-        max_degree: the largest number of children of a node; C of a level that is not dense.
-        num_codes: K.
-    """
-
-    pointers: Tensor
-    codes: Tensor
-    mask: Tensor | None
-    max_degree: int
-    num_codes: int
-
-    @property
-    def num_columns(self) -> int:
-        """C: K columns (column = code) if dense, else one per possible child."""
-        return self.max_degree if self.mask is None else self.num_codes
-
-    def columns(self, parents_X: Tensor, children_X: Tensor) -> Tensor:
-        """Return the column in which each child stands in its parent's row, int64."""
-        if self.mask is not None:
-            return _take(self.codes, children_X).long()
-        return children_X - _take(self.pointers, parents_X)
-
-    def find(self, parents_X: Tensor, codes_X: Tensor) -> Tensor:
-        """Return the child of each parent that has a code, int64 (any child where none has it).
-
-        Binary search with a fixed number of steps, so that nothing waits for the data.
-        """
-        low_X = _take(self.pointers, parents_X).long()
-        high_X = _take(self.pointers, parents_X + 1).long() - 1
-        for _ in range(self.max_degree.bit_length()):
-            middle_X = (low_X + high_X) >> 1
-            below_X = _take(self.codes, middle_X) < codes_X
-            low_X = torch.where(below_X, torch.minimum(middle_X + 1, high_X), low_X)
-            high_X = torch.where(below_X, high_X, middle_X)
-        return low_X
-
-    def expand(self, states_R: Tensor) -> Expansion:
-        """Return the children of nodes."""
-        if self.mask is not None:
-            return Expansion(self, states_R, self.mask.index_select(0, states_R), None, None)
-        first_R = self.pointers.index_select(0, states_R)
-        last_R = self.pointers.index_select(0, states_R + 1)
-        columns_C = torch.arange(self.max_degree, device=states_R.device, dtype=torch.int32)
-        children_RC = first_R[:, None] + columns_C
-        valid_RC = children_RC < last_R[:, None]
-        children_RC.clamp_(max=len(self.codes) - 1)
-        return Expansion(self, states_R, valid_RC, children_RC, _take(self.codes, children_RC))
-
-
-@dataclass(frozen=True)
-class Expansion:
-    """Children of R nodes in C columns; where the level is dense, column = code and children are
-    looked up for the winners only.
-    """
-
-    level: Level
-    states_R: Tensor
-    valid_RC: Tensor
-    children_RC: Tensor | None
-    codes_RC: Tensor | None
-
-    def at_columns(self, values_RK: Tensor) -> Tensor:
-        """Return (R, C): of each row's K values those that belong to its columns."""
-        return values_RK if self.codes_RC is None else values_RK.gather(1, self.codes_RC.long())
-
-    def states(self) -> Tensor:
-        """Return all children (R, C) int64 (any node where not valid)."""
-        if self.children_RC is not None:
-            return self.children_RC.long()
-        first_R = self.level.pointers.index_select(0, self.states_R)
-        rank_RC = self.valid_RC.cumsum(1) - 1
-        return (first_R[:, None] + rank_RC).clamp_(min=0)
-
-    def select(self, rows_X: Tensor, columns_X: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (codes, child nodes), int64, of chosen cells (any valid ones for invalid cells)."""
-        cells_X = rows_X * self.valid_RC.shape[1] + columns_X
-        if self.children_RC is not None and self.codes_RC is not None:
-            return _take(self.codes_RC, cells_X).long(), _take(self.children_RC, cells_X).long()
-        return columns_X, self.level.find(_take(self.states_R, rows_X), columns_X)
 
 
 class CSRIndex:
@@ -167,8 +74,8 @@ class CSRIndex:
         codes_NL = codes_NL[order_N]
         starts = _node_starts(codes_NL)
         levels = [
-            _build_level(codes_NL[starts[l + 1], l], starts[l], starts[l + 1], size, len(codes_NL))
-            for l, size in enumerate(sizes)
+            build_level(codes_NL[starts[n + 1], n], starts[n], starts[n + 1], size, len(codes_NL))
+            for n, size in enumerate(sizes)
         ]
         spans = [np.diff(start, append=len(codes_NL)) for start in starts]
         return cls(
@@ -202,17 +109,14 @@ class CSRIndex:
     @property
     def num_bytes(self) -> int:
         """Memory of all tensors."""
-        tensors = [self.rows_N, *(t for level in self.levels for t in _tensors(level).values())]
+        tensors = [self.rows_N, *(t for level in self.levels for t in level.tensors)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def to(self, device: torch.device | str) -> CSRIndex:
         """Return the index on a device (itself if it is there)."""
         if torch.device(device) == self.device:
             return self
-        levels = [
-            replace(level, **{name: t.to(device) for name, t in _tensors(level).items()})
-            for level in self.levels
-        ]
+        levels = [level.to(device) for level in self.levels]
         return CSRIndex(
             levels, self.rows_N.to(device), self.codebook_sizes, self.num_nodes, self.num_shared
         )
@@ -234,13 +138,13 @@ class CSRIndex:
 
     def row(self, states_R: Tensor) -> Tensor:
         """Return the catalogue rows of leaves, int64."""
-        return _take(self.rows_N, states_R).long()
+        return take(self.rows_N, states_R).long()
 
     # What the fast search needs beyond it.
 
     def only_child(self, nodes_X: Tensor, depth: int) -> Tensor:
         """Return the first child of nodes of a depth (the only one where there is one item)."""
-        return _take(self.levels[depth].pointers, nodes_X).long()
+        return take(self.levels[depth].pointers, nodes_X).long()
 
     def first_position(self, nodes_X: Tensor, depth: int) -> Tensor:
         """Return the sorted position at which each node's range of items begins, int64.
@@ -248,7 +152,7 @@ class CSRIndex:
         One past the last node gives N. Composing pointers saves 4 bytes per node and depth.
         """
         for level in self.levels[depth:]:
-            nodes_X = _take(level.pointers, nodes_X)
+            nodes_X = take(level.pointers, nodes_X)
         return nodes_X.long()
 
     def num_items_below(self, nodes_X: Tensor, depth: int) -> Tensor:
@@ -263,32 +167,23 @@ class CSRIndex:
                 self.num_items, dtype=torch.int32, device=self.device
             )
             self._positions_N = positions_N
-        return _take(self._positions_N, rows_X).long()
+        return take(self._positions_N, rows_X).long()
 
     def ancestors(self, positions_X: Tensor) -> list[Tensor]:
         """Return the nodes above leaves, int64, one tensor per depth 0 ... L."""
         nodes_X = positions_X.to(torch.int32)
         path = [nodes_X]
-        for level in reversed(self.levels):
+        for level in reversed(self.levels[1:]):
             nodes_X = torch.searchsorted(level.pointers, nodes_X, right=True, out_int32=True) - 1
             path.append(nodes_X)
+        path.append(torch.zeros_like(nodes_X))
         return [nodes.long() for nodes in reversed(path)]
 
     def codes(self, positions_X: Tensor) -> Tensor:
         """Return the semantic IDs of leaves, (..., L) int64."""
         path = self.ancestors(positions_X)[1:]
-        found = [_take(level.codes, at) for level, at in zip(self.levels, path, strict=True)]
+        found = [take(level.codes, at) for level, at in zip(self.levels, path, strict=True)]
         return torch.stack([codes.long() for codes in found], dim=-1)
-
-
-def _take(values: Tensor, index_X: Tensor) -> Tensor:
-    """Return values.flatten()[index] in the shape of the index; no synchronisation."""
-    return values.reshape(-1).index_select(0, index_X.reshape(-1)).view(index_X.shape)
-
-
-def _tensors(level: Level) -> dict[str, Tensor]:
-    found = {field.name: getattr(level, field.name) for field in fields(level)}
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _lexicographic_order(codes_NL: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
@@ -311,25 +206,3 @@ def _node_starts(sorted_NL: np.ndarray) -> list[np.ndarray]:
         begins_N[1:] |= codes_N[1:] != codes_N[:-1]
         starts.append(np.flatnonzero(begins_N))
     return starts
-
-
-def _build_level(
-    child_codes: np.ndarray, starts: np.ndarray, child_starts: np.ndarray, size: int, num_items: int
-) -> Level:
-    first_child = np.searchsorted(child_starts, starts)
-    pointers = np.append(first_child, len(child_starts))
-    degrees = np.diff(pointers)
-    dtype = np.uint8 if size <= 1 << 8 else np.int16 if size <= 1 << 15 else np.int32
-    mask = None
-    num_bytes = len(starts) * size
-    budget = max(DENSE_BYTES_FREE, DENSE_BYTES_PER_ITEM * num_items)
-    if degrees.mean() > size * DENSE_FILL and num_bytes <= budget:
-        mask = np.zeros((len(starts), size), dtype=bool)
-        mask[np.repeat(np.arange(len(starts)), degrees), child_codes] = True
-    return Level(
-        torch.from_numpy(pointers.astype(np.int32)),
-        torch.from_numpy(child_codes.astype(dtype)),
-        None if mask is None else torch.from_numpy(mask),
-        int(degrees.max()),
-        size,
-    )

@@ -1,7 +1,7 @@
 """What is the exact log-probability of given items, and which list is provably the best?
 
 Scores are evaluated over distinct prefixes, each once; a search widens until its certificate holds
-or it is exhaustive. It knows no filters on scores: `score_*` rate items against the whole catalogue.
+or it is exhaustive. `score_*` know no filters: items are rated against the whole catalogue.
 
 Shapes: B requests, C candidates, S slots (distinct prefixes of a request), N items, K codes.
 """

@@ -38,7 +38,9 @@ class NodeFilter:
         listed_BE = np.full((num_requests, max(map(len, rows))), -1, dtype=np.int64)
         for b, listed in enumerate(rows):
             listed_BE[b, : len(listed)] = listed
-        self._allows_B = _upload(np.array([allowed is not None for _, allowed in pairs]), constraint)
+        self._allows_B = _upload(
+            np.array([allowed is not None for _, allowed in pairs]), constraint
+        )
         self._marks = self._compile(constraint, _upload(listed_BE, constraint))
 
     def _compile(self, constraint: CSRIndex, rows_BE: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -47,21 +49,20 @@ class NodeFilter:
         Marked are, for a request that allows, all nodes above its rows; for one that denies, the
         nodes whose rows are all denied.
         """
-        padding_BE = rows_BE < 0
+        num_items, num_listed = constraint.num_items, rows_BE.shape[1]
+        # Padding stands behind all items, each at a place of its own: positions stay distinct.
+        places_E = num_items + torch.arange(num_listed, device=rows_BE.device)
         positions_BE = constraint.positions(rows_BE.clamp(min=0))
-        positions_BE = positions_BE.masked_fill(padding_BE, constraint.num_items - 1)
-        order_BE = positions_BE.argsort(dim=1)
-        positions_BE = positions_BE.gather(1, order_BE)
-        padding_BE = padding_BE.gather(1, order_BE)
-        path = constraint.ancestors(positions_BE)
+        positions_BE = torch.where(rows_BE < 0, places_E, positions_BE).sort(dim=1).values
+        padding_BE = positions_BE >= num_items
+        path = constraint.ancestors(positions_BE.clamp(max=num_items - 1))
         marks = []
         for depth, level in enumerate(constraint.levels, start=1):
-            nodes_BE = path[depth]
-            counts_BE = _count_equal(nodes_BE, padding_BE)
-            full_BE = counts_BE == constraint.num_items_below(nodes_BE, depth)
+            nodes_BE, parents_BE = path[depth], path[depth - 1]
+            full_BE = _is_full(positions_BE, constraint, nodes_BE, depth)
             marked_BE = (self._allows_B[:, None] | full_BE) & ~padding_BE
-            parents_BE = path[depth - 1].masked_fill(~marked_BE, _NOWHERE)
-            marks.append((parents_BE, level.columns(path[depth - 1], nodes_BE)))
+            columns_BE = level.columns(parents_BE, nodes_BE)
+            marks.append((parents_BE.masked_fill(~marked_BE, _NOWHERE), columns_BE))
         return marks
 
     def apply(self, valid_RC: Tensor, states_BW: Tensor, live_BW: Tensor, level: int) -> Tensor:
@@ -100,12 +101,20 @@ def _upload(array: np.ndarray, constraint: CSRIndex) -> Tensor:
     return torch.from_numpy(array).to(constraint.device)
 
 
-def _count_equal(nodes_BE: Tensor, padding_BE: Tensor) -> Tensor:
-    """Return how many listed rows lie below each node; nodes ascend within a request."""
-    first_BE = torch.searchsorted(nodes_BE, nodes_BE)
-    last_BE = torch.searchsorted(nodes_BE, nodes_BE, right=True)
-    padded_BE = torch.nn.functional.pad(padding_BE.cumsum(1), (1, 0))
-    padded_below_BE = padded_BE.gather(1, last_BE) - padded_BE.gather(1, first_BE)
-    return last_BE - first_BE - padded_below_BE
+def _is_full(positions_BE: Tensor, constraint: CSRIndex, nodes_BE: Tensor, depth: int) -> Tensor:
+    """Return whether all items below the node of each listed position are listed.
 
-
+    Positions ascend and are distinct, so a range is complete exactly when its first and its last
+    position stand as far from each other in the list as in the catalogue.
+    """
+    if depth == constraint.depth:
+        return torch.ones_like(nodes_BE, dtype=torch.bool)
+    first_BE = constraint.first_position(nodes_BE, depth)
+    last_BE = constraint.first_position(nodes_BE + 1, depth) - 1
+    end = positions_BE.shape[1] - 1
+    shift_BE = torch.arange(end + 1, device=positions_BE.device) - positions_BE
+    from_BE, to_BE = shift_BE + first_BE, shift_BE + last_BE
+    inside_BE = (from_BE >= 0) & (to_BE <= end)
+    first_listed_BE = positions_BE.gather(1, from_BE.clamp(0, end))
+    last_listed_BE = positions_BE.gather(1, to_BE.clamp(0, end))
+    return inside_BE & (first_listed_BE == first_BE) & (last_listed_BE == last_BE)

@@ -43,7 +43,7 @@ def evaluate_scores(
     ks: Sequence[int] = DEFAULT_KS,
     mask_seen: bool,
     ties: TiePolicy = "expected_rank",
-    chunk: int = 512,
+    chunk: int = 128,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Rank the whole catalogue for every example and return metrics per user.
@@ -53,8 +53,8 @@ def evaluate_scores(
         examples: U histories and targets.
         ks: cut-offs, each >= 1; a cut-off beyond N counts every item as listed.
         mask_seen: remove the history's items from the ranking.
-        ties: "expected_rank", the metric of the mean place of the tied items (reproduces
-            methods.md 1.2), or "expected_metric", the mean of the metric over those places.
+        ties: "expected_rank", the metric of the mean place of the tied items (as in the
+            tables of docs/evaluation.md), or "expected_metric", the metric's mean over them.
         chunk: users scored at a time; memory is about 3 * chunk * N * 8 bytes.
         on_progress: called with the number of users done after each chunk.
 
@@ -120,7 +120,7 @@ def summarise(
     seed: int = 0,
     num_samples: int = 2000,
 ) -> dict[str, Any]:
-    """Return one row of a result table (design.md section 7).
+    """Return one row of a result table (see docs/evaluation.md).
 
     Args:
         name: of the system.

@@ -34,6 +34,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 caption { text-align: left; padding: .2rem 0 .4rem; }
 th, td { padding: .35rem .5rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--grid); }
+tbody th { font-weight: 500; }
 thead th { font-size: .88rem; border-bottom: 2px solid var(--grid); }
 td.number, th.number { text-align: right; overflow-wrap: normal; white-space: nowrap; }
 tr.ours > * { font-weight: 650; background: var(--panel); }

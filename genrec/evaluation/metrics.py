@@ -8,7 +8,7 @@ With one target per user recall@k equals hit@k. Ranks count from 0; -1 means "no
 
 Ties, two ways (they differ: .0120 and .0113 for the most popular items of Amazon Beauty):
 `expected_rank` takes the mean of the places that the tied items share and then the metric of that
-one place, as in the tables of methods.md 1.2; `expected_*_at` takes the mean of the metric over
+one place, as in the tables of docs/evaluation.md; `expected_*_at` takes the mean of the metric over
 those places.
 
 Shapes: U users, B users of a chunk, N items, k list length.

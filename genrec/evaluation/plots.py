@@ -51,7 +51,7 @@ def training_curve(curves: Sequence[Mapping[str, Any]], name: str) -> str:
             "label": str(curve["label"]).replace("$", r"\$"),
         }
         for axis, key in zip(axes, ("train", "valid"), strict=True):
-            points = np.asarray(curve.get(key) or np.empty((0, 2)), dtype=float).reshape(-1, 2)
+            points = np.asarray(curve.get(key, ()), dtype=float).reshape(-1, 2)
             marker = "o" if len(points) < 30 else None
             axis.plot(points[:, 0], points[:, 1], marker=marker, markersize=3, **style)
     axes[0].set_ylabel("training loss (nats)")
@@ -88,7 +88,7 @@ def code_usage(levels: Sequence[np.ndarray], name: str) -> str:
 def reliability_diagram(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], name: str
 ) -> str:
-    """Draw predicted against actual hit rate of equal-mass bins, on log axes, with counts below.
+    """Draw predicted against actual hit rate of bins, on log axes, with hits per bin below.
 
     Args:
         before: bins as of `genrec.evaluation.reliability.Bin` (may be empty).
@@ -102,7 +102,7 @@ def reliability_diagram(
     bins = [b for b in (*before, *after) if b["predicted"] > 0]
     values = [b["predicted"] for b in bins] + [b["actual"] for b in bins if b["actual"] > 0]
     low, high = 0.5 * min(values, default=1e-4), min(1.0, 2.0 * max(values, default=1.0))
-    axes[0].plot([low, high], [low, high], color=_GRID, linewidth=1.5, label="perfect")
+    axes[0].plot([low, high], [low, high], color=_TEXT, linewidth=0.8, label="perfect")
     looks = ((before, "before", _SERIES[1], "s", "none"), (after, "after", _SERIES[0], "o", None))
     for series, label, color, marker, face in looks:
         shown = [b for b in series if b["predicted"] > 0]
@@ -127,7 +127,7 @@ def reliability_diagram(
         )
         axes[1].plot(
             x,
-            [b["count"] for b in shown],
+            [b["hits"] for b in shown],
             color=color,
             marker=marker,
             markerfacecolor=fill,
@@ -138,7 +138,7 @@ def reliability_diagram(
     axes[0].set_ylabel("actual hit rate")
     _legend(axes[0])
     axes[1].set_xlabel("predicted probability (mean of the bin)")
-    axes[1].set_ylabel("pairs")
+    axes[1].set_ylabel("hits")
     axes[1].set_ylim(bottom=0)
     return _svg(figure, name)
 
@@ -168,6 +168,7 @@ def _legend(axis: Any) -> None:
 def _svg(figure: Any, name: str) -> str:
     import matplotlib
 
+    figure.align_ylabels()
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

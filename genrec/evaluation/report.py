@@ -100,7 +100,7 @@ def write_report(
 
     Args:
         path: of the HTML file.
-        results: content of results.json (design.md section 7): `rows` as made by
+        results: content of results.json (docs/evaluation.md): `rows` as made by
             `genrec.evaluation.evaluator.summarise`, and optionally `dataset`, `protocol`, `seeds`,
             `calibration` (see `genrec.evaluation.reliability.compare_reliability`), `timing`,
             `versions`, `fingerprints`.
@@ -265,8 +265,9 @@ def _reliability(values: Mapping[str, Any]) -> list[str]:
     if (before or after) and plots.have_matplotlib():
         alt = "Reliability diagram: actual hit rate against predicted probability; see the table."
         caption = (
-            "Reliability before and after calibration, equal-mass bins, log axes; bars are 95% "
-            "Wilson intervals, below is the number of (user, item) pairs. On the line is perfect."
+            "Reliability before and after calibration, on log axes; bars are 95% Wilson "
+            "intervals, on the line is perfect. Below: hits of each bin. All bins hold about "
+            "equally many (user, item) pairs; the tables beneath have the counts."
         )
         svg = plots.reliability_diagram(before, after, "reliability")
         made.append(markup.figure(svg, alt, caption))

@@ -6,7 +6,8 @@ over seeds beside it).
 
 Resampling U users with replacement and averaging depends only on how often each *distinct* value
 is drawn, so the draws are multinomial over distinct values: the same distribution as drawing users
-one by one, and for hits (two values) thousands of times cheaper.
+one by one, and for hits (two values) thousands of times cheaper. Where many values are distinct,
+users are drawn one by one.
 
 Shapes: S seeds, U users.
 """
@@ -19,7 +20,9 @@ import numpy as np
 
 from genrec.errors import UserError
 
-_CHUNK_CELLS = 4_000_000
+_CHUNK_CELLS = 1_000_000
+# Above this share of distinct values, drawing users one by one is the faster of the two.
+_FEW_DISTINCT = 0.1
 
 
 class MeanCI(NamedTuple):
@@ -125,12 +128,16 @@ def _resampled_means(values_U: np.ndarray, seed: int, num_samples: int) -> np.nd
     rng = np.random.default_rng(seed)
     distinct, counts = np.unique(values_U, return_counts=True)
     num_users = len(values_U)
-    chunk = max(1, _CHUNK_CELLS // len(distinct))
+    few = len(distinct) <= num_users * _FEW_DISTINCT
+    chunk = max(1, _CHUNK_CELLS // (len(distinct) if few else num_users))
     means = np.empty(num_samples)
     for start in range(0, num_samples, chunk):
         size = min(chunk, num_samples - start)
-        drawn = rng.multinomial(num_users, counts / num_users, size=size)
-        means[start : start + size] = drawn @ distinct / num_users
+        if few:
+            sums = rng.multinomial(num_users, counts / num_users, size=size) @ distinct
+        else:
+            sums = values_U[rng.integers(num_users, size=(size, num_users))].sum(axis=1)
+        means[start : start + size] = sums / num_users
     return means
 
 

@@ -1,4 +1,4 @@
-"""VectorFile: precomputed item vectors from npy, parquet or safetensors, aligned with the catalogue.
+"""VectorFile: precomputed item vectors from npy, parquet or safetensors, aligned with the items.
 
 Alignment is checked, never assumed: by item id where the file has ids, by count where it has not.
 How the vectors were made is not its business.

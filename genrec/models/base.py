@@ -150,6 +150,7 @@ class Backbone(nn.Module, ABC):
     """"target": `loss` predicts `target_B` from the history. "sequence": `history_BH` is a whole
     sequence and every item in it is a target (`target_B` is ignored)."""
 
+    output: nn.Linear
     tokens_NL: Tensor
     level_offsets_L: Tensor
 

@@ -3,7 +3,7 @@
 Fitted on training interactions only and scored on bare histories; they know nothing about splits,
 metrics or masking (`genrec.evaluation.evaluator` does that). Scores are comparable within one user.
 
-Recipes: methods.md 1.2. Item-kNN and Markov add a small multiple of the popularity share, which
+Recipes: docs/evaluation.md. Item-kNN and Markov add a small multiple of the popularity share, which
 orders items that they say nothing about; what is still tied is ranked by expectation.
 
 Shapes: B histories, N items, U users.
@@ -122,7 +122,7 @@ class ItemKNN(Baseline):
         name: Literal["item_knn"] = "item_knn"
         """Name in the registry."""
         history_length: int = Field(default=20, ge=1)
-        """Last items of the history that vote (methods.md 1.2)."""
+        """Last items of the history that vote (20, as the history cap of the generators)."""
 
     def _count(self, interactions: Interactions) -> None:
         ones = np.ones(len(interactions))

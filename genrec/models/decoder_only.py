@@ -27,6 +27,7 @@ from genrec.models.base import PAD, START, Backbone, Batch, LossOutput, check_he
 from genrec.models.layers import (
     FeedForward,
     merge_heads,
+    module_list,
     rotary_tables,
     rotate,
     shared_prompt_attention,
@@ -114,8 +115,16 @@ class DecoderOnly(Backbone):
         """Defaults suit data of ML-100K's size (our choice, measured in docs/models.md)."""
 
         name: Literal["decoder_only"] = "decoder_only"
+        d_model: int = Field(default=64, ge=1)
+        """Width of the residual stream."""
+        num_layers: int = Field(default=2, ge=1)
+        """Transformer layers."""
+        num_heads: int = Field(default=2, ge=1)
+        """Attention heads; each gets d_model / num_heads, an even number."""
+        d_ff: int = Field(default=256, ge=1)
+        """Inner width of the feed-forward blocks."""
         activation: Literal["swiglu", "gelu"] = "swiglu"
-        """Feed-forward activation; swiglu has a third matrix."""
+        """Feed-forward activation. swiglu (Llama's) has a third matrix; gelu is faster on CPU."""
         rope_theta: float = Field(default=10_000.0, gt=0)
         """Base of the rotary frequencies (Su et al. 2021)."""
         init_std: float = Field(default=0.02, gt=0)
@@ -129,13 +138,15 @@ class DecoderOnly(Backbone):
 
     config: Config
     training_unit: ClassVar[Literal["target", "sequence"]] = "sequence"
+    item_position: nn.Embedding
+    level: nn.Embedding
     cos: Tensor
     sin: Tensor
 
     def __init__(self, config: Config, tokens_NL: Tensor, codebook_sizes: Sequence[int]) -> None:
         super().__init__(config, tokens_NL, codebook_sizes)
         head_width = check_heads(config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = module_list(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         if config.item_positions:
             self.item_position = nn.Embedding(config.max_history + 2, config.d_model)
@@ -257,8 +268,9 @@ class DecoderOnly(Backbone):
         config = self.config
         if config.activation != "swiglu" or config.item_positions or config.level_embeddings:
             raise UserError(
-                "to_hugging_face: Llama has no gelu activation, item_positions or level_embeddings; "
-                "expected a model with activation='swiglu' and both options off. Train one so."
+                "to_hugging_face: Llama has no gelu activation, item_positions or "
+                "level_embeddings; expected a model with activation='swiglu' and both options "
+                "off. Train one so."
             )
         target = LlamaForCausalLM(
             LlamaConfig(

@@ -25,13 +25,18 @@ from torch.nn import functional as F
 
 from genrec.errors import UserError
 from genrec.models.base import PAD, Backbone, Batch, LossOutput, keep_last
-from genrec.models.layers import FeedForward, RelativePositionBias, merge_heads, split_heads
+from genrec.models.layers import FeedForward, RelativePositionBias, module_list
+from genrec.models.t5 import (
+    NORM_EPS,
+    Attention,
+    DecoderLayer,
+    EncoderLayer,
+    KeysValues,
+    hugging_face_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import T5ForConditionalGeneration
-
-KeysValues = tuple[Tensor, Tensor]
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -49,86 +54,6 @@ class EncoderDecoderState:
     visible_B11T: Tensor
     cross: tuple[KeysValues, ...]
     own: tuple[KeysValues, ...]
-
-
-class Attention(nn.Module):
-    """T5 attention: projections without bias, scores not scaled.
-
-    Args:
-        config: widths and dropout.
-        is_cross: queries come from one stream, keys and values from another.
-    """
-
-    def __init__(self, config: EncoderDecoder.Config, *, is_cross: bool) -> None:
-        super().__init__()
-        self.num_heads, self.attention_dropout = config.num_heads, config.attention_dropout
-        inner = config.num_heads * config.d_kv
-        self.inner = inner
-        self.query = nn.Linear(config.d_model, inner, bias=False) if is_cross else None
-        self.projection = nn.Linear(config.d_model, inner * (2 if is_cross else 3), bias=False)
-        self.out = nn.Linear(inner, config.d_model, bias=False)
-
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Project (B, T, D) to its (B, h, T, d): query, key, value; key, value if cross."""
-        parts = self.projection(x).chunk(3 if self.query is None else 2, dim=-1)
-        return tuple(split_heads(part, self.num_heads) for part in parts)
-
-    def mix(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the attention's output (B, Q, D); `bias` is added to the scores (or a mask)."""
-        dropout = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=bias, dropout_p=dropout, scale=1.0
-        )
-        return self.out(merge_heads(mixed))
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each behind an RMSNorm."""
-
-    def __init__(self, config: EncoderDecoder.Config) -> None:
-        super().__init__()
-        self.dropout = config.dropout
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
-        self.attention = Attention(config, is_cross=False)
-        self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
-        self.feed_forward = FeedForward(
-            config.d_model, config.d_ff, config.activation, config.dropout
-        )
-
-    def forward(self, x_BTD: Tensor, bias_BhTT: Tensor) -> Tensor:
-        """Return the layer's output (B, T, D)."""
-        heads = self.attention.heads(self.attention_norm(x_BTD))
-        x_BTD = self.add(x_BTD, self.attention.mix(*heads, bias_BhTT))
-        return self.add(x_BTD, self.feed_forward(self.feed_forward_norm(x_BTD)))
-
-    def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """Add a block's output to the residual stream, with dropout."""
-        return x + F.dropout(branch, self.dropout, self.training)
-
-
-class DecoderLayer(EncoderLayer):
-    """An encoder layer with cross-attention between its two blocks."""
-
-    def __init__(self, config: EncoderDecoder.Config) -> None:
-        super().__init__(config)
-        self.cross_norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
-        self.cross = Attention(config, is_cross=True)
-
-    def attend(
-        self, x_RtD: Tensor, past: KeysValues | None, bias: Tensor
-    ) -> tuple[Tensor, KeysValues]:
-        """Self-attention of new positions over past and new ones."""
-        query, keys, values = self.attention.heads(self.attention_norm(x_RtD))
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
-        return self.add(x_RtD, self.attention.mix(query, keys, values, bias)), (keys, values)
-
-    def finish(self, x_BQD: Tensor, cross: KeysValues, visible_B11T: Tensor) -> Tensor:
-        """Cross-attention from Q queries per request, then the feed-forward block."""
-        assert self.cross.query is not None
-        query = split_heads(self.cross.query(self.cross_norm(x_BQD)), self.cross.num_heads)
-        x_BQD = self.add(x_BQD, self.cross.mix(query, *cross, visible_B11T))
-        return self.add(x_BQD, self.feed_forward(self.feed_forward_norm(x_BQD)))
 
 
 class EncoderDecoder(Backbone):
@@ -157,13 +82,15 @@ class EncoderDecoder(Backbone):
 
     config: Config
     training_unit: ClassVar[Literal["target", "sequence"]] = "target"
+    recency: nn.Embedding
+    causal_LL: Tensor
 
     def __init__(self, config: Config, tokens_NL: Tensor, codebook_sizes: Sequence[int]) -> None:
         super().__init__(config, tokens_NL, codebook_sizes)
-        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        self.encoder = module_list(EncoderLayer(config) for _ in range(config.num_layers))
         self.encoder_norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         self.encoder_bias = self._bias(1 + config.max_history * self.num_levels, True)
-        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.decoder = module_list(DecoderLayer(config) for _ in range(config.num_layers))
         self.decoder_norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         self.decoder_bias = self._bias(self.num_levels, False)
         if config.recency_embeddings:
@@ -171,8 +98,6 @@ class EncoderDecoder(Backbone):
         causal = torch.full((self.num_levels, self.num_levels), -torch.inf).triu(1)
         self.register_buffer("causal_LL", causal, persistent=False)
         self._init_weights()
-
-    causal_LL: Tensor
 
     def _bias(self, max_length: int, bidirectional: bool) -> RelativePositionBias:
         return RelativePositionBias(
@@ -274,7 +199,7 @@ class EncoderDecoder(Backbone):
         for layer in self.encoder:
             x_BTD = layer(x_BTD, bias_BhTT)
         x_BTD = F.dropout(self.encoder_norm(x_BTD), self.config.dropout, self.training)
-        return visible_B11T, tuple(layer.cross.heads(x_BTD) for layer in self.decoder)
+        return visible_B11T, tuple(layer.cross.keys_values(x_BTD) for layer in self.decoder)
 
     def prompt(self, history_BH: Tensor) -> tuple[Tensor, Tensor]:
         """Return the encoder's input tokens (B, T) and which of them exist, bool (B, T)."""
@@ -311,24 +236,24 @@ class EncoderDecoder(Backbone):
                 "embeddings; expected recency_embeddings=false and tie_embeddings=true. Train one "
                 "so."
             )
-        target = T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=self.num_tokens,
-                d_model=config.d_model,
-                d_kv=config.d_kv,
-                d_ff=config.d_ff,
-                num_layers=config.num_layers,
-                num_heads=config.num_heads,
-                relative_attention_num_buckets=config.num_buckets,
-                relative_attention_max_distance=config.max_distance,
-                dropout_rate=config.dropout,
-                layer_norm_epsilon=NORM_EPS,
-                feed_forward_proj=config.activation,
-                pad_token_id=PAD,
-                eos_token_id=None,
-                decoder_start_token_id=PAD,
-            )
+        t5_config = T5Config(
+            vocab_size=self.num_tokens,
+            d_model=config.d_model,
+            d_kv=config.d_kv,
+            d_ff=config.d_ff,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            relative_attention_num_buckets=config.num_buckets,
+            relative_attention_max_distance=config.max_distance,
+            dropout_rate=config.dropout,
+            layer_norm_epsilon=NORM_EPS,
+            feed_forward_proj=config.activation,
+            pad_token_id=PAD,
+            eos_token_id=None,
         )
+        t5_config.decoder_start_token_id = PAD
+        target = T5ForConditionalGeneration(t5_config)
+        target.generation_config.decoder_start_token_id = PAD
         target.load_state_dict(self._t5_weights(), strict=False)
         target.tie_weights()
         return target.eval()
@@ -343,28 +268,5 @@ class EncoderDecoder(Backbone):
             weights |= {f"{name}.final_layer_norm.weight": norm.weight, first: bias.weight}
             weights[f"{name}.embed_tokens.weight"] = self.embedding.weight
             for number, layer in enumerate(layers):
-                weights |= _t5_layer(f"{name}.block.{number}.layer", layer)
+                weights |= hugging_face_weights(f"{name}.block.{number}.layer", layer)
         return {name: weight.detach().clone() for name, weight in weights.items()}
-
-
-def _t5_layer(prefix: str, layer: nn.Module) -> dict[str, Tensor]:
-    """Return one layer's weights under transformers' names."""
-    query, key, value = layer.attention.projection.weight.chunk(3)
-    attention = {"q": query, "k": key, "v": value, "o": layer.attention.out.weight}
-    weights = {f"{prefix}.0.SelfAttention.{k}.weight": v for k, v in attention.items()}
-    weights[f"{prefix}.0.layer_norm.weight"] = layer.attention_norm.weight
-    last = 1
-    if isinstance(layer, DecoderLayer):
-        last = 2
-        key, value = layer.cross.projection.weight.chunk(2)
-        assert layer.cross.query is not None
-        cross = {"q": layer.cross.query.weight, "k": key, "v": value, "o": layer.cross.out.weight}
-        weights |= {f"{prefix}.1.EncDecAttention.{k}.weight": v for k, v in cross.items()}
-        weights[f"{prefix}.1.layer_norm.weight"] = layer.cross_norm.weight
-    forward = layer.feed_forward
-    names = ("wi_0", "wi_1") if forward.is_gated else ("wi",)
-    inner = zip(names, forward.up.weight.chunk(len(names)), strict=True)
-    weights |= {f"{prefix}.{last}.DenseReluDense.{k}.weight": v for k, v in inner}
-    weights[f"{prefix}.{last}.DenseReluDense.wo.weight"] = forward.down.weight
-    weights[f"{prefix}.{last}.layer_norm.weight"] = layer.feed_forward_norm.weight
-    return weights

@@ -9,10 +9,19 @@ D model width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def module_list(modules: Iterable[ModuleT]) -> Sequence[ModuleT]:
+    """Return an `nn.ModuleList` whose items keep their type for the type checker."""
+    return cast("Sequence[ModuleT]", nn.ModuleList(modules))
 
 
 def split_heads(x_BTX: Tensor, num_heads: int) -> Tensor:
@@ -60,7 +69,7 @@ def shared_prompt_attention(
         (R, h*d).
     """
     keys_BhTd, values_BhTd = prompt
-    num_requests, heads, num_keys, width = keys_BhTd.shape
+    num_requests, _, num_keys, width = keys_BhTd.shape
     query_BhWd = query_RXhd.unflatten(0, (num_requests, -1)).transpose(1, 2)
     scores_BhWT = query_BhWd @ keys_BhTd.transpose(2, 3)
     scores_BhWT = scores_BhWT.masked_fill(~visible_BT[:, None, None], -torch.inf)

@@ -136,7 +136,9 @@ def check_run_config(data: Mapping[str, Any]) -> RunConfig:
     known = ["name", "seeds", "data", *SECTIONS, *COMPONENTS]
     for key in data:
         if key not in known:
-            problems.append(f"{key}: unknown key.{nearest(key, known)} Valid keys: {', '.join(known)}.")
+            problems.append(
+                f"{key}: unknown key.{nearest(key, known)} Valid keys: {', '.join(known)}."
+            )
     parts: dict[str, Any] = {
         "name": attempt(lambda: _name(data.get("name", "run"))),
         "seeds": attempt(lambda: _seeds(data.get("seeds", [1]))),
@@ -185,7 +187,9 @@ def _seeds(value: Any) -> tuple[int, ...]:
     values = [value] if isinstance(value, int) else value
     good = isinstance(values, list) and values and all(type(v) is int and v >= 0 for v in values)
     if not good or len(set(values)) != len(values):
-        raise ConfigError(f"seeds: got {value!r}, expected different integers >= 0, e.g. [1, 2, 3].")
+        raise ConfigError(
+            f"seeds: got {value!r}, expected different integers >= 0, e.g. [1, 2, 3]."
+        )
     return tuple(values)
 
 

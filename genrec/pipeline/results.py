@@ -7,7 +7,7 @@ Shapes: S seeds, U users.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,10 @@ import polars as pl
 from genrec import runtime
 from genrec.artifacts import Artifact, atomic_file
 from genrec.bundle import mode_name
-from genrec.data import Catalog, Dataset
+from genrec.data import Dataset
 from genrec.evaluation import metrics
 from genrec.evaluation.evaluator import summarise
+from genrec.evaluation.report import Curve, ListedItem, ReportParts, Sample, write_report
 from genrec.item_index import ItemIndex
 from genrec.pipeline import stages
 from genrec.recommender import Recommender
@@ -64,7 +65,10 @@ def assemble(
             )
             rows.append(row)
         by_seed = [
-            {"seed": run.seed, **stages.measure_calibration(run.calibration.path, mode, run.test[mode])}
+            {
+                "seed": run.seed,
+                **stages.measure_calibration(run.calibration.path, mode, run.test[mode]),
+            }
             for run in runs
         ]
         calibration[mode] = by_seed
@@ -139,7 +143,7 @@ def _add_list_figures(
     )
 
 
-def samples(bundle: Path, dataset: Dataset) -> list[dict[str, Any]]:
+def samples(bundle: Path, dataset: Dataset) -> list[Sample]:
     """Return example users: titles of their last items, and of what is recommended.
 
     Users are the first, the middle and the last one with a test target; they are named by nothing.
@@ -148,34 +152,61 @@ def samples(bundle: Path, dataset: Dataset) -> list[dict[str, Any]]:
     examples = dataset.interactions.examples("test")
     chosen = np.unique(np.linspace(0, len(examples) - 1, SAMPLE_USERS).astype(int))
     ids, titles = dataset.catalog.item_ids, dataset.catalog.titles
-    masked = mode_name(True) in recommender.calibrators
     found = recommender.recommend(
         [[ids[row] for row in examples.history(int(i))] for i in chosen],
         SAMPLE_ITEMS,
-        exclude_seen=masked,
+        exclude_seen=mode_name(True) in recommender.calibrators,
     )
+
+    def listed(row: int, probability: float | None = None, target: int = -1) -> ListedItem:
+        return ListedItem(ids[row], titles[row], probability, row == target)
+
     result = []
     for place, example in enumerate(chosen):
-        last = examples.history(int(example))[-SAMPLE_HISTORY:]
         target = int(examples.target_rows[example])
-        items = [
-            {
-                "item_id": item,
-                "title": recommender.titles([item])[0] or item,
-                "probability": float(found.probabilities[place, j]),
-                "score": float(found.scores[place, j]),
-            }
-            for j, item in enumerate(found.item_ids[place])
-            if item is not None
-        ]
+        items = [item for item in found.item_ids[place] if item is not None]
+        rows = recommender.index.rows_of(items)
         result.append(
-            {
-                "history": [titles[row] or ids[row] for row in last],
-                "target": titles[target] or ids[target],
-                "items": items,
-            }
+            Sample(
+                label=f"User {place + 1}",
+                history=[listed(int(r)) for r in examples.history(int(example))[-SAMPLE_HISTORY:]],
+                recommended=[
+                    listed(int(row), float(found.probabilities[place, j]), target)
+                    for j, row in enumerate(rows)
+                ],
+                target=listed(target),
+            )
         )
     return result
+
+
+def write_run_report(
+    out: Path,
+    config: RunConfig,
+    runs: Sequence[SeedRun],
+    found: Mapping[str, Any],
+    shown: Sequence[Sample],
+    command: str,
+) -> None:
+    """Write `report.html` beside results.json."""
+    parts = ReportParts(
+        title=f"genrec: {config.name}",
+        curves=[_curve(run) for run in runs],
+        code_usage=[np.array(level) for level in code_usage(ItemIndex.load(runs[0].index.path))],
+        samples=shown,
+        config_yaml=config.to_yaml(),
+        command=command,
+    )
+    write_report(out / "report.html", dict(found), parts)
+
+
+def _curve(run: SeedRun) -> Curve:
+    points = run.model.extra["training"]["curve"]
+    return Curve(
+        f"seed {run.seed}",
+        [(p["step"], p["loss"]) for p in points],
+        [(p["step"], p["valid/ndcg@10"]) for p in points if "valid/ndcg@10" in p],
+    )
 
 
 def write_per_user(
@@ -196,7 +227,7 @@ def write_per_user(
         ]
         for name, seed, values in systems:
             tables.append(
-                pl.DataFrame({"user_row": users, **values}).with_columns(
+                pl.DataFrame({"user_row": users, **dict(sorted(values.items()))}).with_columns(
                     name=pl.lit(name), seed=pl.lit(seed), masked=pl.lit(masked)
                 )
             )

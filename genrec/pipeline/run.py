@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from genrec import runtime
-from genrec.artifacts import Artifact, file_checksum, fingerprint, read_manifest, write_json_atomic
+from genrec.artifacts import (
+    Artifact,
+    file_checksum,
+    fingerprint,
+    load_artifact,
+    read_manifest,
+    write_json_atomic,
+    write_text_atomic,
+)
 from genrec.bundle import mode_name, save_bundle
 from genrec.data import Catalog, Dataset
 from genrec.data.doctor import examine
@@ -42,12 +50,11 @@ class SeedRun:
     """The artifacts of one seed."""
 
     seed: int
-    tokenizer: Artifact
     index: Artifact
     model: Artifact
-    valid: dict[str, Artifact]
     test: dict[str, Artifact]
     calibration: Artifact
+    tokenizer: Artifact | None = None
 
 
 def make_accelerator(*, device: str | None = None) -> Accelerator:
@@ -94,21 +101,55 @@ class Run:
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return {}
-        self._bundle(dataset, runs[0])
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._write_bundle(dataset, runs[0])
+        found = self._results(dataset, runs, baselines, begun)
+        found["doctor"] = [asdict(finding) for finding in findings]
+        shown = results.samples(self.out / "bundle", dataset)
+        found["samples"] = [asdict(sample) for sample in shown]
+        write_json_atomic(self.out / "results.json", found)
+        write_text_atomic(self.out / "config.yaml", self.config.to_yaml())
+        results.write_per_user(self.out / "per_user.parquet", self.config, runs, baselines)
+        results.write_run_report(self.out, self.config, runs, found, shown, command)
+        self.accelerator.wait_for_everyone()
+        return found
+
+    def _results(
+        self, dataset: Dataset, runs: list[SeedRun], baselines: Artifact, begun: float
+    ) -> dict[str, Any]:
         found = results.assemble(self.config, dataset, runs, baselines)
         found["timing"] = {
             "seconds": round(time.perf_counter() - begun, 2),
             "stages": self.cache.seconds,
             "reused": sorted(name for name, reused in self.cache.reused.items() if reused),
         }
-        found["doctor"] = [finding.to_dict() for finding in findings]
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(self.out / "results.json", found)
-        results.write_per_user(self.out / "per_user.parquet", self.config, runs, baselines)
-        results.write_run_report(self.out, self.config, dataset, runs, catalog, found, command)
-        (self.out / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-        self.accelerator.wait_for_everyone()
         return found
+
+    def evaluate_bundle(self, path: Path) -> dict[str, Any]:
+        """Evaluate a finished bundle on the configured data set; return what results.json holds.
+
+        Raises:
+            MismatchError: the data set's items are not those of the bundle, in its order.
+        """
+        begun = time.perf_counter()
+        dataset = self.dataset()
+        load_artifact(path, kind="bundle")
+        parts = {name: load_artifact(path / name, kind=name) for name in ("index", "model")}
+        index = ItemIndex.load(path / "index")
+        stages.check_index(dataset, index)
+        lists = {
+            mode_name(masked): self.lists(dataset, index, parts["model"], "test", masked, seed=0)
+            for masked in self.config.evaluation.masked
+        }
+        calibration = load_artifact(path / "calibration", kind="calibration")
+        run = SeedRun(
+            parts["model"].extra.get("seed", 0),
+            parts["index"],
+            parts["model"],
+            lists,
+            calibration,
+        )
+        return self._results(dataset, [run], self.baselines(dataset), begun)
 
     # -- stages -------------------------------------------------------------------------------
 
@@ -117,7 +158,7 @@ class Run:
         if self.config.data.dataset is not None:
             return Dataset.load(self.config.data.dataset)
         assert self.config.source is not None
-        source, options = make_source(self.config.source), self.config.data.prepare
+        source, options = make_source(self.config.source.to_dict()), self.config.data.prepare
         artifact = self.cache.get(
             "dataset",
             "dataset",
@@ -145,9 +186,7 @@ class Run:
                 log.warning("doctor: %s", finding.message)
         errors = [finding.message for finding in findings if finding.level == "error"]
         if errors:
-            raise DataError(
-                "the data set has errors (see `genrec doctor`):\n" + "\n".join(errors)
-            )
+            raise DataError("the data set has errors (see `genrec doctor`):\n" + "\n".join(errors))
         return findings
 
     def embed(self, dataset: Dataset) -> Catalog:
@@ -172,16 +211,12 @@ class Run:
         lists: dict[str, dict[str, Artifact]] = {"valid": {}, "test": {}}
         for split in ("valid", "test"):
             for masked in self.config.evaluation.masked:
-                found = self.lists(dataset, index, model, split, masked, seed)  # type: ignore[arg-type]
+                found = self.lists(dataset, index, model, split, masked, seed)
                 lists[split][mode_name(masked)] = found
         calibration = self.calibrate(lists["valid"], seed)
-        return SeedRun(
-            seed, tokenizer, index_artifact, model, lists["valid"], lists["test"], calibration
-        )
+        return SeedRun(seed, index_artifact, model, lists["test"], calibration, tokenizer)
 
-    def tokenize(
-        self, dataset: Dataset, catalog: Catalog, seed: int
-    ) -> tuple[Artifact, Artifact]:
+    def tokenize(self, dataset: Dataset, catalog: Catalog, seed: int) -> tuple[Artifact, Artifact]:
         """Return the fitted tokenizer and the index of the catalogue."""
         config = stages.with_seed(self.config.tokenizer, seed)
         assert catalog.vectors is not None
@@ -316,8 +351,9 @@ class Run:
             ),
         )
 
-    def _bundle(self, dataset: Dataset, run: SeedRun) -> None:
+    def _write_bundle(self, dataset: Dataset, run: SeedRun) -> None:
         """Write the bundle of the first seed, unless it is there already."""
+        assert run.tokenizer is not None
         parts = {
             "index": run.index,
             "tokenizer": run.tokenizer,

@@ -38,7 +38,7 @@ from genrec.tokenizers.base import ItemTokenizer
 from genrec.tokenizers.diagnostics import diagnose
 from genrec.trainers import TRAINERS
 from genrec.trainers.batching import TrainingExamples
-from genrec.trainers.tracking import TrackingConfig, Trackers, open_trackers
+from genrec.trainers.tracking import Trackers, TrackingConfig, open_trackers
 from genrec.trainers.validation import Validator
 
 RELIABILITY_K = 10

@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "BackboneContract": "genrec.testing.models",
     "ConstraintIndexContract": "genrec.testing.decoding",
     "StepModelContract": "genrec.testing.decoding",
     "TableModel": "genrec.testing.decoding",
@@ -19,6 +20,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "BackboneContract",
     "ConstraintIndexContract",
     "StepModelContract",
     "TableModel",

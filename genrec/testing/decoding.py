@@ -117,7 +117,9 @@ def brute_force_logprobs(
     rows = np.repeat(np.arange(num_requests), num_items)
     for level in range(num_levels):
         if level:
-            codes_R = torch.from_numpy(np.tile(codes_NL[:, level - 1].astype(np.int64), num_requests))
+            codes_R = torch.from_numpy(
+                np.tile(codes_NL[:, level - 1].astype(np.int64), num_requests)
+            )
             logits_RK, state = model.step(codes_R, state, torch.from_numpy(rows))
             rows = np.arange(num_requests * num_items)
         values_RK = logits_RK.double().cpu().numpy()[rows]
@@ -178,7 +180,7 @@ class ConstraintIndexContract(ABC):
 
     def test_every_prefix_has_exactly_its_children_in_order(self) -> None:
         for index, constraint in self._each():
-            walk = {(): int(constraint.root(1)[0])}
+            walk: dict[tuple[int, ...], int] = {(): int(constraint.root(1)[0])}
             for level in range(constraint.depth):
                 prefixes = list(walk)
                 children = constraint.children(torch.tensor(list(walk.values())), level)
@@ -195,7 +197,7 @@ class ConstraintIndexContract(ABC):
             assert rows.tolist() == index.rows_of_codes(np.array(list(walk))).tolist()
 
     def test_rows_do_not_disturb_each_other(self) -> None:
-        index, constraint = self._each()[-1]
+        _, constraint = self._each()[-1]
         first = constraint.children(constraint.root(1), 0)
         states = first.states_RC[0][first.valid_RC[0]]
         together = constraint.children(states, 1)

@@ -1,8 +1,8 @@
 """Collision policies: how items that were given the same codes get semantic IDs of their own.
 
 Each policy is a function from codes with duplicates to unique codes. It sees codes and item ids
-(and, if it asks for them, distances), never vectors or a model; the outcome depends on the item ids,
-not on the order of the rows.
+(and, if it asks for them, distances), never vectors or a model; the outcome depends on the item
+ids, not on the order of the rows.
 
 Shapes: N items, L levels, R rows asked for, K codes of the last level.
 """

@@ -116,9 +116,9 @@ def balanced_kmeans(
 def minibatch_kmeans(
     points_NE: np.ndarray, num_codes: int, *, num_iterations: int, seed: int
 ) -> Clusters:
-    """Cluster many points with scikit-learn's mini-batch k-means, on one thread so that the seed decides.
+    """Cluster many points with scikit-learn's mini-batch k-means.
 
-    `num_iterations` counts passes over the points.
+    On one thread, so that the seed alone decides. `num_iterations` counts passes over the points.
     """
     with threadpool_limits(1):
         model = MiniBatchKMeans(
@@ -163,7 +163,7 @@ def _initial(points_NE: np.ndarray, num_codes: int, seed: int) -> np.ndarray:
 def _closer(
     points_NE: np.ndarray, norms_N: np.ndarray, rows_T: Sequence[int], closest_N: np.ndarray
 ) -> np.ndarray:
-    """Return squared distances (T, N) to the nearest centroid if the point at each row became one."""
+    """Return squared distances (T, N) to the nearest centroid if one of `rows` became one too."""
     after_TN = points_NE[rows_T] @ points_NE.T
     after_TN *= -2.0
     after_TN += norms_N

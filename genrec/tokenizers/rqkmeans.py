@@ -136,8 +136,10 @@ class RQKMeans(ItemTokenizer):
     def decode(self, codes_ML: IntArray) -> FloatArray:
         """Return the sums of centroids (M, E) float32."""
         self._require_fitted()
-        parts = [book[codes_ML[:, level]] for level, book in enumerate(self._codebooks)]
-        return np.sum(parts, axis=0, dtype=np.float32)
+        vectors = np.zeros((len(codes_ML), self._codebooks[0].shape[1]), np.float32)
+        for level, book in enumerate(self._codebooks):
+            vectors += book[codes_ML[:, level]]
+        return vectors
 
     def inputs(self, catalog: Catalog) -> FloatArray:
         """Return the vectors (M, E) float32, scaled to length 1 if so configured."""

@@ -61,6 +61,9 @@ class _Place:
     bad_validations: int = 0
     stopped: bool = False
     seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    epoch_loss: float = 0.0
+    epoch_targets: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -188,7 +191,7 @@ class _Run:
         optimizer = _optimizer(model, self.config)
         self.model: Backbone = model
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
-        spans, batches = examples.plan(self.config.batch_size, self.seed, 0)
+        _, batches = examples.plan(self.config.batch_size, self.seed, 0)
         self.total_steps = max(1, len(batches) * self.config.epochs)
 
     # -- the loop -----------------------------------------------------------------------------
@@ -206,33 +209,51 @@ class _Run:
         )
 
     def _epoch(self, epoch: int, trackers: Trackers) -> None:
-        begun = time.perf_counter()
         spans, batches = self.examples.plan(self.config.batch_size, self.seed, epoch)
-        losses: list[torch.Tensor] = []
-        targets: list[torch.Tensor] = []
-        title = f"epoch {epoch + 1}/{self.config.epochs}"
+        first = self.place.batch
+        done: list[torch.Tensor] = []  # (loss sum, targets) of each step since the last checkpoint
+        begun = time.perf_counter()
         self.wrapped.train()
-        with runtime.progress(title, len(batches) - self.place.batch) as advance:
-            for number in range(self.place.batch, len(batches)):
-                loss_sum, count = self._step(self._my_share(spans, batches[number]))
-                losses.append(loss_sum)
-                targets.append(count)
+        with runtime.progress(f"epoch {epoch + 1}/{self.config.epochs}", len(batches)) as advance:
+            advance(first)
+            for number in range(first, len(batches)):
+                done.append(self._step(self._my_share(spans, batches[number])))
                 self.place.batch = number + 1
                 advance(1)
                 if self._checkpoint_due(last=number + 1 == len(batches)):
-                    self.place.seconds += time.perf_counter() - begun
-                    begun = time.perf_counter()
+                    self._count(done, epoch, time.perf_counter() - begun)
                     self._save()
                     self._leave_if_asked()
-        if losses:
-            self._check_finite(losses, targets, epoch)
-        self.place.epoch, self.place.batch = epoch + 1, 0
-        self._close_epoch(epoch, losses, targets, time.perf_counter() - begun, trackers)
+                    done, begun = [], time.perf_counter()
+        self._count(done, epoch, time.perf_counter() - begun)
+        self._close_epoch(epoch, trackers)
         self._save()
         self._leave_if_asked()
 
-    def _step(self, parts: list[_Part]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; returns the global sum of losses and number of targets."""
+    def _count(self, done: list[torch.Tensor], epoch: int, seconds: float) -> None:
+        """Add finished steps to the epoch's figures; the one place that waits for the device.
+
+        Stops at a NaN loss: the checkpoint before it is the last good one.
+        """
+        self.place.epoch_seconds += seconds
+        self.place.seconds += seconds
+        if not done:
+            return
+        values = torch.stack(done).cpu()
+        bad = (~torch.isfinite(values[:, 0])).nonzero()
+        if len(bad):
+            first = self.place.batch - len(done) + int(bad[0]) + 1
+            raise TrainingError(
+                f"training: the loss became {float(values[bad[0, 0], 0])} in epoch {epoch + 1}, "
+                f"batch {first}. Lower trainer.learning_rate (now {self.config.learning_rate}); "
+                f"the last good checkpoint is kept in {self.folder.name}/."
+            )
+        loss, targets = values.sum(0).tolist()
+        self.place.epoch_loss += loss
+        self.place.epoch_targets += targets
+
+    def _step(self, parts: list[_Part]) -> torch.Tensor:
+        """One optimizer step; returns the global (sum of losses, number of targets), (2,)."""
         self._set_learning_rate()
         self._seed_step()
         totals = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
@@ -257,7 +278,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.place.step += 1
-        return totals[0], totals[1]
+        return totals
 
     def _my_share(self, spans: Spans, chosen: np.ndarray) -> list[_Part]:
         """Cut a global batch into this process's accumulation parts."""
@@ -288,29 +309,23 @@ class _Run:
 
     # -- end of an epoch ----------------------------------------------------------------------
 
-    def _close_epoch(
-        self,
-        epoch: int,
-        losses: list[torch.Tensor],
-        targets: list[torch.Tensor],
-        seconds: float,
-        trackers: Trackers,
-    ) -> None:
-        self.place.seconds += seconds
-        count = float(torch.stack(targets).sum()) if targets else 0.0
+    def _close_epoch(self, epoch: int, trackers: Trackers) -> None:
+        place = self.place
         values: dict[str, float] = {
             "epoch": epoch + 1,
-            "loss": float(torch.stack(losses).sum()) / max(count, 1.0) if losses else math.nan,
-            "learning_rate": learning_rate(self.config, self.place.step - 1, self.total_steps),
-            "targets_per_second": count / max(seconds, 1e-9),
+            "loss": place.epoch_loss / max(place.epoch_targets, 1.0),
+            "learning_rate": learning_rate(self.config, place.step - 1, self.total_steps),
+            "targets_per_second": place.epoch_targets / max(place.epoch_seconds, 1e-9),
         }
+        place.epoch, place.batch = epoch + 1, 0
+        place.epoch_loss = place.epoch_targets = place.epoch_seconds = 0.0
         last = epoch + 1 == self.config.epochs
         if self.validator and (last or (epoch + 1) % self.config.validate_every == 0):
             found = self.validator(self.model, self.accelerator)
             values |= {f"valid/{name}": value for name, value in found.items()}
             self._judge(found["ndcg@10"])
-        self.place.curve.append({"step": self.place.step, **values})
-        trackers.log(self.place.step, values)
+        place.curve.append({"step": place.step, **values})
+        trackers.log(place.step, values)
         log.info(
             "epoch %d: %s",
             epoch + 1,
@@ -325,19 +340,6 @@ class _Run:
             return
         self.place.bad_validations += 1
         self.place.stopped = self.place.bad_validations >= self.config.patience
-
-    def _check_finite(
-        self, losses: list[torch.Tensor], targets: list[torch.Tensor], epoch: int
-    ) -> None:
-        """Stop at a NaN loss; the last good checkpoint stays (checked where a sync is due)."""
-        values = torch.stack(losses)
-        bad = (~torch.isfinite(values)).nonzero()
-        if len(bad):
-            raise TrainingError(
-                f"training: the loss became {float(values[bad[0, 0]])} in epoch {epoch + 1}, batch "
-                f"{int(bad[0, 0]) + 1} of {len(losses)}. Lower trainer.learning_rate (now "
-                f"{self.config.learning_rate}); the last good checkpoint is in {self.folder.name}/."
-            )
 
     # -- checkpoints --------------------------------------------------------------------------
 
@@ -373,7 +375,7 @@ class _Run:
 
     def _leave_if_asked(self) -> None:
         if self.trainer._stop_requested:
-            log.warning("SIGTERM: checkpoint written at step %d; run again to go on.", self.place.step)
+            log.warning("SIGTERM: checkpoint at step %d; run again to go on.", self.place.step)
             raise SystemExit(0)
 
     def _out_of_memory(self) -> TrainingError:
