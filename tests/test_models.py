@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from genrec.errors import ConfigError, UserError
 from genrec.item_index import ItemIndex
 from genrec.models import BACKBONES
-from genrec.models.base import FIRST_TOKEN, Batch, keep_last, pad_histories, select_rows
+from genrec.models.base import FIRST_TOKEN, Batch, keep_last, pad_histories
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
-from genrec.models.layers import _buckets
+from genrec.models.layers import relative_buckets
 from genrec.runtime import load_object
 from genrec.testing.models import (
     HISTORIES,
@@ -223,7 +223,9 @@ def test_buckets_equal_transformers(num_buckets, max_distance, bidirectional):
     theirs = T5Attention._relative_position_bucket(
         distances, bidirectional, num_buckets, max_distance
     )
-    assert torch.equal(_buckets(distances, num_buckets, max_distance, bidirectional), theirs)
+    assert torch.equal(
+        relative_buckets(distances, num_buckets, max_distance, bidirectional), theirs
+    )
 
 
 @given(
@@ -242,11 +244,10 @@ def test_collating_and_cutting_keep_the_last_items(histories, limit):
     assert batch.history_BH.shape[1] == max(1, max(len(h[-limit:]) for h in histories))
 
 
-def test_batch_moves_and_selects():
-    batch = pad_histories([[1], [2, 3], []], 4, targets=[4, 5, 6])
-    part = select_rows(batch, torch.tensor([2, 0])).to("cpu")
-    assert part.history_BH.tolist() == [[-1, -1], [1, -1]]
-    assert part.target_B.tolist() == [6, 4]
+def test_a_batch_moves_with_and_without_targets():
+    batch = pad_histories([[1], [2, 3], []], 4, targets=[4, 5, 6]).to("meta")
+    assert batch.history_BH.device.type == batch.target_B.device.type == "meta"
+    assert pad_histories([[1], []], 4).to("cpu").target_B is None
     assert len(Batch(torch.zeros(3, 1))) == 3
 
 

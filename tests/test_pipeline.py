@@ -75,7 +75,9 @@ def test_per_user_values_average_to_the_table(small_run: Path) -> None:
         assert len(part) == row["num_users"]
 
 
-def test_masked_lists_never_hold_seen_items(small_cache: Path, ring_dataset: Path, small_run: Path) -> None:
+def test_masked_lists_never_hold_seen_items(
+    small_cache: Path, ring_dataset: Path, small_run: Path
+) -> None:
     dataset = Dataset.load(ring_dataset)
     histories = dataset.interactions.examples("test").histories()
     checked = 0
@@ -103,14 +105,26 @@ def test_a_second_run_reuses_everything_and_gives_the_same(
     [
         ("evaluation.ks=[1, 10]", {"baselines"}),
         ("calibration=identity", {"calibrate"}),
-        ("decoding.width=11", {"search valid, masked", "search valid, unmasked",
-                               "search test, masked", "search test, unmasked", "calibrate"}),
+        (
+            "decoding.width=11",
+            {
+                "search valid, masked",
+                "search valid, unmasked",
+                "search test, masked",
+                "search test, unmasked",
+                "calibrate",
+            },
+        ),
         ("decoding.batch_size=7", set()),
         ("tracking.tags=[x]", set()),
     ],
 )
 def test_changing_one_key_runs_exactly_what_depends_on_it(
-    override: str, stages: set[str], small_run: Path, small_config: Path, small_cache: Path,
+    override: str,
+    stages: set[str],
+    small_run: Path,
+    small_config: Path,
+    small_cache: Path,
     tmp_path: Path,
 ) -> None:
     assert ran(execute(small_config, tmp_path / "r", small_cache, override)) == stages

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that `genrec --help` answers
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import typer
@@ -52,6 +53,8 @@ def build_app() -> typer.Typer:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; user errors print one message and exit with status 2."""
+    # Waiting threads that spin slow a shared machine down several times; set before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         build_app()(args=arguments, standalone_mode=True)
     except GenrecError as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -288,13 +288,3 @@ def check_heads(config: Backbone.Config) -> int:
             f"{32 * max(1, config.d_model // 32)}."
         )
     return width
-
-
-def select_rows(batch: Batch, rows: Tensor) -> Batch:
-    """Return the requests `rows` of a batch."""
-    target = batch.target_B
-    return replace(
-        batch,
-        history_BH=batch.history_BH[rows],
-        target_B=None if target is None else target[rows],
-    )

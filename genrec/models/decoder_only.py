@@ -139,7 +139,7 @@ class DecoderOnly(Backbone):
     config: Config
     training_unit: ClassVar[Literal["target", "sequence"]] = "sequence"
     item_position: nn.Embedding
-    level: nn.Embedding
+    level_embedding: nn.Embedding
     cos: Tensor
     sin: Tensor
 
@@ -151,7 +151,7 @@ class DecoderOnly(Backbone):
         if config.item_positions:
             self.item_position = nn.Embedding(config.max_history + 2, config.d_model)
         if config.level_embeddings:
-            self.level = nn.Embedding(self.num_levels, config.d_model)
+            self.level_embedding = nn.Embedding(self.num_levels, config.d_model)
         cos, sin = rotary_tables(self.max_tokens, head_width, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -243,7 +243,7 @@ class DecoderOnly(Backbone):
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embedding(tokens)
         if self.config.level_embeddings:
-            x = x + self.level(positions % self.num_levels)
+            x = x + self.level_embedding(positions % self.num_levels)
         if self.config.item_positions:
             x = x + self.item_position((positions + self.num_levels - 1) // self.num_levels)
         return F.dropout(x, self.config.dropout, self.training)

@@ -134,7 +134,7 @@ class RelativePositionBias(nn.Module):
         self.max_length = max_length
         self.weight = nn.Parameter(torch.empty(num_buckets, num_heads))
         distances = torch.arange(-max_length + 1, max_length)
-        buckets = _buckets(distances, num_buckets, max_distance, bidirectional)
+        buckets = relative_buckets(distances, num_buckets, max_distance, bidirectional)
         self.register_buffer("buckets", buckets, persistent=False)
 
     def forward(self, length: int) -> Tensor:
@@ -146,7 +146,9 @@ class RelativePositionBias(nn.Module):
         return table_hX.unfold(1, length, 1).flip(1).unsqueeze(0)
 
 
-def _buckets(distances: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
+def relative_buckets(
+    distances: Tensor, num_buckets: int, max_distance: int, bidirectional: bool
+) -> Tensor:
     """Return T5's bucket of each distance key - query."""
     if bidirectional:
         num_buckets //= 2

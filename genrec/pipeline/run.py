@@ -43,6 +43,8 @@ from genrec.pipeline.config import RunConfig
 log = runtime.get_logger(__name__)
 
 BARRIER_SECONDS = 6 * 3600
+# Sections that say where things lie on this machine: not for a bundle that travels.
+LOCAL = ("data", "tracking")
 
 
 @dataclass
@@ -364,7 +366,7 @@ class Run:
             "name": self.config.name,
             "seed": run.seed,
             "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
-            "config": self.config.to_dict(),
+            "config": {k: v for k, v in self.config.to_dict().items() if k not in LOCAL},
             "parts": {name: part.fingerprint for name, part in parts.items()},
         }
         path = self.out / "bundle"

@@ -133,20 +133,31 @@ def rotate(latents_BD: Tensor, vectors_BD: Tensor, *, eps: float = 1e-6) -> Tens
     return torch.where(defined, rotated, straight_through(latents_BD, vectors_BD))
 
 
-def sinkhorn(distances_BK: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
+def sinkhorn(
+    distances_BK: Tensor, *, epsilon: float, num_iterations: int, tolerance: float = 1e-3
+) -> Tensor:
     """Return a balanced assignment plan (B, K): rows sum to 1 / B, columns to about 1 / K.
 
     Uniform semantic mapping (LC-Rec): distances are mapped to [-1, 1] by centre and half-range,
     Q = exp(-d / epsilon), then columns and rows are normalised in turn; in the log domain and in
     float64, because epsilon = 0.003 spans exp(+-333).
+
+    Args:
+        distances_BK: squared distances.
+        epsilon: temperature; small is sharp and slow to converge.
+        num_iterations: upper bound. LC-Rec's 50 leave columns some 15% off at epsilon = 0.003.
+        tolerance: stop when every column sum is within this part of 1 / K.
     """
     d = distances_BK.double()
     low, high = d.min(), d.max()
     half_range = ((high - low) / 2).clamp_min(1e-12)
     log_q = -((d - (low + high) / 2) / half_range) / epsilon
     log_b, log_k = (torch.tensor(float(n), dtype=d.dtype).log() for n in d.shape)
-    for _ in range(num_iterations):
-        log_q = log_q - torch.logsumexp(log_q, dim=0, keepdim=True) - log_k
+    for iteration in range(num_iterations):
+        excess_K = torch.logsumexp(log_q, dim=0, keepdim=True) + log_k
+        if iteration > 0 and excess_K.abs().max() < tolerance:
+            break
+        log_q = log_q - excess_K
         log_q = log_q - torch.logsumexp(log_q, dim=1, keepdim=True) - log_b
     return log_q.exp()
 

@@ -125,6 +125,7 @@ class RQKMeans(ItemTokenizer):
 
         With `balanced`, an item that was fitted (same id, same vector) keeps its balanced codes.
         """
+        self._require_fitted()
         inputs = self.inputs(catalog)
         codes = np.empty((len(inputs), len(self._codebooks)), np.int32)
         residuals = inputs.copy()

@@ -71,7 +71,7 @@ class RQVAE(ItemTokenizer):
         sinkhorn_epsilon: float = Field(default=0.003, gt=0)
         """Temperature of the Sinkhorn plan (LC-Rec: 0.003)."""
         sinkhorn_iterations: int = Field(default=50, ge=1)
-        """Normalisations of the Sinkhorn plan (LC-Rec: 50)."""
+        """Most normalisations of the Sinkhorn plan (LC-Rec: 50); fewer once it is balanced."""
         kmeans_init: bool = True
         """Start codebooks at k-means centroids of the residuals of all items (at most 50,000)."""
         dead_code_every: int = Field(default=20, ge=0)
