@@ -134,10 +134,10 @@ def test_loss_sums_or_averages_levels(parts):
     assert torch.allclose(mean, each.sum() / LEVELS)
 
 
-@pytest.mark.parametrize(("epsilon", "iterations"), [(0.003, 1000), (0.05, 50)])
+@pytest.mark.parametrize(("epsilon", "iterations"), [(0.003, 5000), (0.05, 50)])
 def test_sinkhorn_marginals(epsilon, iterations):
     distances = torch.rand(96, 12, generator=torch.Generator().manual_seed(0))
-    plan = sinkhorn(distances, epsilon=epsilon, num_iterations=iterations)
+    plan = sinkhorn(distances, epsilon=epsilon, num_iterations=iterations, tolerance=5e-4)
     assert (plan.sum(dim=1) * 96 - 1).abs().max() < 1e-3
     assert (plan.sum(dim=0) * 12 - 1).abs().max() < 1e-3
     assert torch.isfinite(plan).all()

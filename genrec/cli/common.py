@@ -28,10 +28,11 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table; the first column is text, the others are figures."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
@@ -44,31 +45,33 @@ def print_results(results: dict[str, Any]) -> None:
     dataset = results["dataset"]
     seeds = ", ".join(str(seed) for seed in results["seeds"])
     who = f" (genrec: seeds {seeds})" if seeds else ""
+    columns = ["", "Recall@10 (95%)", "NDCG@10 (95%)", "R@10 over popular"]
     for masked in dict.fromkeys(row["masked"] for row in results["rows"]):
         seen = "seen items left out" if masked else "seen items kept in"
         split = results["rows"][0]["split"]
         title = f"{dataset['name']}: {split}, full ranking, {seen}{who}"
         rows = [_row(row) for row in results["rows"] if row["masked"] == masked]
-        print_table(
-            title, ["", "R@10", "95% interval", "N@10", "95% interval", "R@10 - popular"], rows
-        )
+        print_table(title, columns, rows)
 
 
 def _row(row: dict[str, Any]) -> list[str]:
     versus = row.get("vs_most_popular", {}).get("recall@10")
-    difference = "" if versus is None else f"{versus['difference']:+.4f} {_interval(versus['ci'])}"
     return [
         row["name"],
-        f"{row['recall@10']:.4f}",
-        _interval(row["recall@10_ci"]),
-        f"{row['ndcg@10']:.4f}",
-        _interval(row["ndcg@10_ci"]),
-        difference,
+        _with_interval(row["recall@10"], row["recall@10_ci"]),
+        _with_interval(row["ndcg@10"], row["ndcg@10_ci"]),
+        "" if versus is None else _with_interval(versus["difference"], versus["ci"], "+"),
     ]
 
 
-def _interval(ci: list[float]) -> str:
-    return f"[{ci[0]:.4f}, {ci[1]:.4f}]"
+def _with_interval(value: float, ci: list[float], sign: str = "") -> str:
+    low, high = (_short(part, ".3f") for part in ci)
+    return f"{_short(value, f'{sign}.4f')} [{low}, {high}]"
+
+
+def _short(value: float, form: str) -> str:
+    """Without the leading zero, so that a row fits 80 columns."""
+    return f"{value:{form}}".replace("0.", ".", 1)
 
 
 def load_config(config: Path | None, overrides: list[str] | None, **fixed: Any) -> Any:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
-from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.utils.extmath import randomized_svd
 
 from genrec.config import StrictConfig
 from genrec.errors import DataError
@@ -87,5 +87,7 @@ class LSA(FeatureExtractor):
         width = min(config.num_dimensions, *weights.shape)
         if width < config.num_dimensions:
             log.info("LSA: %d dimensions (%d items, %d terms).", width, *weights.shape)
-        svd = TruncatedSVD(width, n_iter=config.num_iterations, random_state=config.seed)
-        return finished(svd.fit_transform(weights), catalog.item_ids, normalize=config.normalize)
+        left, singular, _ = randomized_svd(
+            weights, width, n_iter=config.num_iterations, random_state=config.seed
+        )
+        return finished(left * singular, catalog.item_ids, normalize=config.normalize)

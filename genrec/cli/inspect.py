@@ -1,0 +1,185 @@
+"""`genrec inspect`: what an artifact is, what it was made from, and what its codes are like.
+
+It reads and never changes anything. Figures that need a tokenizer and vectors (reconstruction,
+neighbours) are printed where they are computed, by `genrec tokenize`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from genrec.cli.common import JSON, print_json, print_table
+
+if TYPE_CHECKING:
+    from genrec.item_index import ItemIndex
+
+MAX_SHOWN = 60
+NUM_BRANCHES, NUM_EXAMPLES = 5, 4
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command()
+    def inspect(
+        path: Path = typer.Argument(help="Any folder that genrec wrote, e.g. runs/demo/bundle."),
+        as_json: bool = JSON,
+    ) -> None:
+        """Show what an artifact is; for an index or a bundle also its codes."""
+        report = describe(path)
+        if as_json:
+            print_json(report)
+            return
+        _print_facts(report)
+        if "tokens" in report:
+            _print_tokens(report["tokens"])
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return the facts of an artifact folder as JSON types.
+
+    Raises:
+        ArtifactError: not a folder that genrec wrote, edited, or (index) damaged.
+    """
+    from genrec.artifacts import read_manifest
+
+    manifest = read_manifest(path)
+    files = manifest["files"].values()
+    report: dict[str, Any] = {
+        "path": str(path),
+        "kind": manifest["kind"],
+        "fingerprint": manifest["fingerprint"],
+        "format_version": manifest["format_version"],
+        "config": manifest["config"],
+        "upstream": manifest["upstream"],
+        "facts": {key: _shortened(value) for key, value in manifest["extra"].items()},
+        "files": {"count": len(files), "bytes": sum(file["bytes"] for file in files)},
+        "made_by": manifest.get("made_by", {}),
+    }
+    index = path if manifest["kind"] == "index" else path / "index"
+    if index.is_dir():
+        report["tokens"] = describe_tokens(index)
+    return report
+
+
+def describe_tokens(folder: Path) -> dict[str, Any]:
+    """Return levels, prefixes and the biggest branches (with example items) of an index folder."""
+    from genrec.item_index import ItemIndex
+    from genrec.tokenizers.diagnostics import level_figures, prefix_figures
+
+    index = ItemIndex.load(folder)
+    return {
+        "index_fingerprint": index.fingerprint,
+        "num_items": len(index),
+        "num_levels": index.num_levels,
+        "codebook_sizes": list(index.codebook_sizes),
+        "num_tokens": index.num_tokens,
+        "levels": level_figures(index.codes, index.codebook_sizes),
+        "prefixes": prefix_figures(index.codes),
+        "branches": _branches(index, _titles(folder)),
+    }
+
+
+def _branches(index: ItemIndex, titles: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the longest shared prefixes with the most items: what the codes say is alike."""
+    import numpy as np
+
+    for length in range(max(1, index.num_levels - 2), 0, -1):
+        prefixes, inverse, counts = np.unique(
+            index.codes[:, :length], axis=0, return_inverse=True, return_counts=True
+        )
+        if (counts > 1).any() or length == 1:
+            break
+    found = []
+    for group in np.argsort(-counts, kind="stable")[:NUM_BRANCHES]:
+        rows = np.flatnonzero(inverse.reshape(-1) == group)
+        examples = [index.item_ids[row] for row in rows[:NUM_EXAMPLES]]
+        found.append(
+            {
+                "prefix": prefixes[group].tolist(),
+                "num_items": len(rows),
+                "examples": [{"item_id": i, "title": titles.get(i)} for i in examples],
+            }
+        )
+    return found
+
+
+def _titles(index: Path) -> dict[str, str]:
+    """Return titles by item id from a catalogue beside the index, {} where there is none."""
+    from genrec.data import Catalog
+    from genrec.data.dataset import CATALOG
+
+    for folder in (index.parent, index):
+        if (folder / CATALOG).is_file():
+            import polars as pl
+
+            catalog = Catalog(pl.read_parquet(folder / CATALOG))
+            pairs = zip(catalog.item_ids, catalog.titles, strict=True)
+            return {item: title for item, title in pairs if title}
+    return {}
+
+
+def _shortened(value: Any) -> Any:
+    """Return a value, or what it is where it is too long to read."""
+    if isinstance(value, list) and len(value) > MAX_SHOWN:
+        return f"{len(value)} values"
+    if isinstance(value, dict):
+        return {key: _shortened(part) for key, part in value.items()}
+    return value
+
+
+def _print_facts(report: dict[str, Any]) -> None:
+    files, made_by = report["files"], report["made_by"]
+    rows = [
+        ["fingerprint", report["fingerprint"]],
+        ["files", f"{files['count']} ({files['bytes'] / 1e6:.1f} MB)"],
+    ]
+    rows += [[f"made from {name}", value] for name, value in report["upstream"].items()]
+    rows += [[key, _text(value)] for key, value in report["facts"].items()]
+    rows += [[f"config.{key}", _text(value)] for key, value in report["config"].items()]
+    rows += [[name, version] for name, version in made_by.get("libraries", {}).items()]
+    commit = made_by.get("git", {}).get("commit")
+    if commit:
+        rows.append(["commit", commit + (" (dirty)" if made_by["git"].get("dirty") else "")])
+    print_table(f"{report['kind']} at {report['path']}", ["", ""], rows)
+
+
+def _print_tokens(tokens: dict[str, Any]) -> None:
+    title = (
+        f"{tokens['num_items']} items, {tokens['num_levels']} levels, "
+        f"{tokens['num_tokens']} tokens, index {tokens['index_fingerprint'][:12]}"
+    )
+    columns = ["level", "codes used", "utilisation", "perplexity", "entropy", "prefixes"]
+    columns += ["largest", "items sharing"]
+    rows = [
+        [
+            str(level["level"]),
+            f"{level['used']} of {level['codebook_size']}",
+            f"{level['utilisation']:.1%}",
+            f"{level['perplexity']:.1f}",
+            f"{level['entropy']:.3f}",
+            str(prefix["num_distinct"]),
+            str(prefix["largest_group"]),
+            f"{prefix['share_of_items_sharing']:.1%}",
+        ]
+        for level, prefix in zip(tokens["levels"], tokens["prefixes"], strict=True)
+    ]
+    print_table(title, columns, rows)
+    branches = [
+        [
+            "-".join(map(str, branch["prefix"])),
+            str(branch["num_items"]),
+            "; ".join(e["title"] or e["item_id"] for e in branch["examples"]),
+        ]
+        for branch in tokens["branches"]
+    ]
+    print_table("Biggest branches", ["prefix", "items", "for example"], branches)
+
+
+def _text(value: Any) -> str:
+    import json
+
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
