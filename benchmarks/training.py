@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks import common
 from benchmarks.decoding import Size as Catalogue
@@ -47,6 +48,7 @@ LENGTHS = (5, 5, 6, 9, 14, 21, 43, 98, 204)
 MAX_HISTORY = 20  # TIGER's
 CHECKED_STEPS = 3
 TOLERANCE = 1e-4
+MEGABATCH = 50  # batches that transformers sorts by length together, given 200 or more
 
 Example = dict[str, list[int]]
 
@@ -184,15 +186,27 @@ def train_theirs(
 
     Its loss is the mean over tokens and ours over items, so that its gradients are num_levels times
     smaller: its clipping and AdamW's epsilon are divided by that.
+
+    Args:
+        model: its weights are copied.
+        rows: the examples.
+        size: batch size.
+        sampling: "random"; "group_by_length"; "sequential", in the order of `rows`.
     """
     ours = Trainer.Config()
+    if sampling == "group_by_length":
+        # The order of its sampler, with the megabatches of a full data set, not of this sample.
+        lengths = [len(row["input_ids"]) for row in rows]
+        torch.manual_seed(0)
+        order = get_length_grouped_indices(lengths, size.batch_size, MEGABATCH)
+        rows = [rows[i] for i in order]
     with tempfile.TemporaryDirectory(prefix="genrec-benchmark-") as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
             use_cpu=True,
             num_train_epochs=1,
             per_device_train_batch_size=size.batch_size,
-            train_sampling_strategy=sampling,
+            train_sampling_strategy="random" if sampling == "random" else "sequential",
             learning_rate=ours.learning_rate,
             lr_scheduler_type="constant",
             weight_decay=ours.weight_decay,
@@ -427,7 +441,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         t5, causal = Size(96, 32, 2, {**small, "d_kv": 32}), Size(192, 32, 2, small)
     if arguments.users:
         t5, causal = (
-            replace(s, num_users=arguments.users, batch_size=min(s.batch_size, arguments.users // 3))
+            replace(
+                s, num_users=arguments.users, batch_size=min(s.batch_size, arguments.users // 3)
+            )
             for s in (t5, causal)
         )
     return common.report(cases(t5, causal, quick=arguments.quick), arguments.json)

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from genrec.errors import ConfigError, nearest
 
 ConfigT = TypeVar("ConfigT", bound="StrictConfig")
+# What a bare string in place of a section means: `tokenizer: rqvae` is its name, `data: DIR` a path.
+SHORTHANDS = {"data": "dataset"}
 
 
 class StrictConfig(BaseModel):
@@ -95,8 +97,8 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         parts = key.split(".")
         for part in parts[:-1]:
             child = node.get(part)
-            if isinstance(child, str):  # shorthand such as `data: DIR` gives way to the mapping
-                child = None
+            if isinstance(child, str):
+                child = node[part] = {SHORTHANDS.get(part, "name"): child}
             if child is None:
                 child = node[part] = {}
             if not isinstance(child, dict):

@@ -139,6 +139,8 @@ def test_width_must_cover_the_cut_offs() -> None:
 
 def test_a_shorthand_gives_way_to_a_dotted_override() -> None:
     assert apply_overrides({"data": "x"}, ["data.dataset=y"]) == {"data": {"dataset": "y"}}
+    changed = apply_overrides({}, ["features=lsa", "features.num_dimensions=4"])
+    assert changed == {"features": {"name": "lsa", "num_dimensions": 4}}
 
 
 def test_to_yaml_round_trips() -> None:

@@ -48,7 +48,7 @@ def test_ml_100k(ml_100k):
 
 
 def test_ml_100k_most_popular_and_markov_match_the_reference(ml_100k):
-    """methods.md 1.2, hash tie-break, not masked: Recall@10 .0435 and .1145."""
+    """The table of docs/evaluation.md, hash tie-break, not masked: Recall@10 .0435 and .1145."""
     events = prepare(ml_100k).interactions
     training = events.training()
     popularity = training.counts()

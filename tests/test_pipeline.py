@@ -43,7 +43,11 @@ def test_a_run_leaves_results_report_and_bundle(small_run: Path) -> None:
         assert row["split"] == "test" and 0 <= row["recall@10"] <= 1
         low, high = row["recall@10_ci"]
         assert low <= row["recall@10"] <= high
-    assert {"ece_before", "ece_after"} <= set(results["calibration"])
+    calibration = results["calibration"]
+    assert {"ece_before", "ece_after", "actual_hits_ci"} <= set(calibration)
+    assert calibration["after"]["bins"] and set(calibration["by_mode"]) == {"masked", "unmasked"}
+    report = (small_run / "report.html").read_text(encoding="utf-8")
+    assert all(title in report for title in ("Do the probabilities hold?", "Use of codes"))
     lines = (small_run / "seed-1" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line).get("epoch") for line in lines] == [1, 2, None]
 

@@ -14,6 +14,7 @@ import typer
 from genrec import __version__
 from genrec.cli import baselines, data, demo, inspect, recommend, run, stages
 from genrec.errors import GenrecError
+from genrec.runtime import process_index
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -68,6 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _set_up_logging(quiet: bool) -> None:
     logger = logging.getLogger("genrec")
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    if process_index() != 0:  # the first process speaks for all
+        logger.setLevel(logging.ERROR)
     logger.handlers[:] = [_Handler()]
     logger.propagate = False
 

@@ -43,8 +43,8 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def print_results(results: dict[str, Any]) -> None:
     """Print the headline table of a results.json, masked and unmasked."""
     dataset = results["dataset"]
-    seeds = ", ".join(str(seed) for seed in results["seeds"])
-    who = f" (genrec: seeds {seeds})" if seeds else ""
+    seeds = len(results["seeds"])
+    who = f" ({seeds} seed{'s' * (seeds > 1)})" if seeds else ""
     columns = ["", "Recall@10 (95%)", "NDCG@10 (95%)", "R@10 over popular"]
     for masked in dict.fromkeys(row["masked"] for row in results["rows"]):
         seen = "seen items left out" if masked else "seen items kept in"

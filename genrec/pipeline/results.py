@@ -74,7 +74,6 @@ def assemble(
         calibration[mode] = by_seed
         _add_list_figures(rows, runs, mode, dataset)
     first = calibration[mode_name(options.masked[0])][0]
-    flat = {name: value for name, value in first.items() if not isinstance(value, dict | list)}
     return {
         "dataset": {
             "name": dataset.name,
@@ -86,7 +85,7 @@ def assemble(
         "protocol": protocol(config, dataset),
         "seeds": [run.seed for run in runs],
         "rows": rows,
-        "calibration": {**flat, "by_mode": calibration},
+        "calibration": {**first, "by_mode": calibration},
         "versions": runtime.versions(),
         "git": runtime.git_state(),
         "fingerprints": {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from genrec import runtime
 from genrec.artifacts import (
@@ -62,8 +62,10 @@ class SeedRun:
 def make_accelerator(*, device: str | None = None) -> Accelerator:
     """Return the accelerator of this process; long stages of the first process do not time out."""
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=BARRIER_SECONDS))
+    # Buffers are constants (the items' tokens, rotary tables): nothing to send at every step.
+    wrapping = DistributedDataParallelKwargs(broadcast_buffers=False)
     cpu = runtime.choose_device(device).type == "cpu"
-    return Accelerator(cpu=cpu, kwargs_handlers=[waiting])
+    return Accelerator(cpu=cpu, kwargs_handlers=[waiting, wrapping])
 
 
 class Run:

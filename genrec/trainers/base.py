@@ -211,7 +211,7 @@ class _Run:
     def _epoch(self, epoch: int, trackers: Trackers) -> None:
         spans, batches = self.examples.plan(self.config.batch_size, self.seed, epoch)
         first = self.place.batch
-        done: list[torch.Tensor] = []  # (loss sum, targets) of each step since the last checkpoint
+        done: list[torch.Tensor] = []  # what `_step` returned since the last checkpoint
         begun = time.perf_counter()
         self.wrapped.train()
         with runtime.progress(f"epoch {epoch + 1}/{self.config.epochs}", len(batches)) as advance:
@@ -220,7 +220,7 @@ class _Run:
                 done.append(self._step(self._my_share(spans, batches[number])))
                 self.place.batch = number + 1
                 advance(1)
-                if self._checkpoint_due(last=number + 1 == len(batches)):
+                if self._checkpoint_due(done, last=number + 1 == len(batches)):
                     self._count(done, epoch, time.perf_counter() - begun)
                     self._save()
                     self._leave_if_asked()
@@ -248,15 +248,20 @@ class _Run:
                 f"batch {first}. Lower trainer.learning_rate (now {self.config.learning_rate}); "
                 f"the last good checkpoint is kept in {self.folder.name}/."
             )
-        loss, targets = values.sum(0).tolist()
+        loss, targets, _ = values.sum(0).tolist()
         self.place.epoch_loss += loss
         self.place.epoch_targets += targets
 
     def _step(self, parts: list[_Part]) -> torch.Tensor:
-        """One optimizer step; returns the global (sum of losses, number of targets), (2,)."""
+        """Make one optimizer step.
+
+        Returns:
+            sum of losses, number of targets, processes that got SIGTERM; over all processes, (3,).
+        """
         self._set_learning_rate()
         self._seed_step()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        totals[2] = float(self.trainer._stop_requested)
         for i, part in enumerate(parts):
             last = i + 1 == len(parts)
             context: AbstractContextManager[Any] = (
@@ -269,7 +274,8 @@ class _Run:
                 except torch.OutOfMemoryError as error:
                     raise self._out_of_memory() from error
             count = torch.as_tensor(output.num_targets, device=totals.device)
-            totals += part.weight * torch.stack([output.loss_sum.detach().double(), count.double()])
+            sums = torch.stack([output.loss_sum.detach().double(), count.double()])
+            totals[:2] += part.weight * sums
         totals = self.accelerator.reduce(totals, "sum")
         scale = (self.accelerator.num_processes / totals[1].clamp(min=1)).float()
         gradients = [p.grad for p in self.wrapped.parameters() if p.grad is not None]
@@ -353,11 +359,21 @@ class _Run:
         log.info("resumed at step %d from %s", self.place.step, artifact.path.name)
         return self.place.step
 
-    def _checkpoint_due(self, *, last: bool) -> bool:
+    def _checkpoint_due(self, done: list[torch.Tensor], *, last: bool) -> bool:
         if last:
             return False  # the end of the epoch writes one anyway
         every = self.config.checkpoint_every
-        return self.trainer._stop_requested or bool(every and self.place.step % every == 0)
+        return bool(every and self.place.step % every == 0) or self._told_to_stop(done)
+
+    def _told_to_stop(self, done: list[torch.Tensor]) -> bool:
+        """Whether a process got SIGTERM; all processes answer alike.
+
+        Several processes look at the step before the last one, whose figures are there without
+        waiting for the device.
+        """
+        if self.accelerator.num_processes == 1:
+            return self.trainer._stop_requested
+        return len(done) > 1 and bool(done[-2][2])
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
@@ -374,7 +390,8 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _leave_if_asked(self) -> None:
-        if self.trainer._stop_requested:
+        asked = torch.tensor(float(self.trainer._stop_requested), device=self.accelerator.device)
+        if self.accelerator.reduce(asked, "sum").item():
             log.warning("SIGTERM: checkpoint at step %d; run again to go on.", self.place.step)
             raise SystemExit(0)
 
