@@ -134,17 +134,32 @@ def _shortened(value: Any) -> Any:
 def _print_facts(report: dict[str, Any]) -> None:
     files, made_by = report["files"], report["made_by"]
     rows = [
-        ["fingerprint", report["fingerprint"]],
-        ["files", f"{files['count']} ({files['bytes'] / 1e6:.1f} MB)"],
+        ("fingerprint", report["fingerprint"]),
+        ("files", f"{files['count']} ({files['bytes'] / 1e6:.1f} MB)"),
     ]
-    rows += [[f"made from {name}", value] for name, value in report["upstream"].items()]
-    rows += [[key, _text(value)] for key, value in report["facts"].items()]
-    rows += [[f"config.{key}", _text(value)] for key, value in report["config"].items()]
-    rows += [[name, version] for name, version in made_by.get("libraries", {}).items()]
-    commit = made_by.get("git", {}).get("commit")
-    if commit:
-        rows.append(["commit", commit + (" (dirty)" if made_by["git"].get("dirty") else "")])
-    print_table(f"{report['kind']} at {report['path']}", ["", ""], rows)
+    rows += [(f"made from {name}", value) for name, value in report["upstream"].items()]
+    rows += [*_flat("", report["facts"]), *_flat("config.", report["config"])]
+    rows += [(name, version) for name, version in made_by.get("libraries", {}).items()]
+    git = made_by.get("git", {})
+    if git.get("commit"):
+        rows.append(("commit", git["commit"] + (" (with changes)" if git.get("dirty") else "")))
+    typer.echo(f"{report['kind']} at {report['path']}")
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"  {name:<{width}}  {value}")
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return nested facts as (dotted name, text) lines."""
+    lines: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines += _flat(f"{prefix}{name}.", value)
+        elif isinstance(value, list):
+            lines.append((prefix + name, ", ".join(map(str, value))))
+        else:
+            lines.append((prefix + name, str(value)))
+    return lines
 
 
 def _print_tokens(tokens: dict[str, Any]) -> None:
@@ -152,13 +167,11 @@ def _print_tokens(tokens: dict[str, Any]) -> None:
         f"{tokens['num_items']} items, {tokens['num_levels']} levels, "
         f"{tokens['num_tokens']} tokens, index {tokens['index_fingerprint'][:12]}"
     )
-    columns = ["level", "codes used", "utilisation", "perplexity", "entropy", "prefixes"]
-    columns += ["largest", "items sharing"]
+    columns = ["level", "codes used", "perplexity", "entropy", "prefixes", "largest", "sharing"]
     rows = [
         [
             str(level["level"]),
             f"{level['used']} of {level['codebook_size']}",
-            f"{level['utilisation']:.1%}",
             f"{level['perplexity']:.1f}",
             f"{level['entropy']:.3f}",
             str(prefix["num_distinct"]),
@@ -177,9 +190,3 @@ def _print_tokens(tokens: dict[str, Any]) -> None:
         for branch in tokens["branches"]
     ]
     print_table("Biggest branches", ["prefix", "items", "for example"], branches)
-
-
-def _text(value: Any) -> str:
-    import json
-
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -105,7 +105,9 @@ class SentenceEncoder(FeatureExtractor):
 
     def _load(self) -> Any:
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()  # a second of reading needs no bar
         folder = _folder(self.config.model)
         model = SentenceTransformer(str(folder), device=str(choose_device()), local_files_only=True)
         if self.config.max_tokens is not None:

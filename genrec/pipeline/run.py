@@ -14,8 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 
 from genrec import runtime
 from genrec.artifacts import (
@@ -62,10 +63,10 @@ class SeedRun:
 def make_accelerator(*, device: str | None = None) -> Accelerator:
     """Return the accelerator of this process; long stages of the first process do not time out."""
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=BARRIER_SECONDS))
-    # Buffers are constants (the items' tokens, rotary tables): nothing to send at every step.
-    wrapping = DistributedDataParallelKwargs(broadcast_buffers=False)
-    cpu = runtime.choose_device(device).type == "cpu"
-    return Accelerator(cpu=cpu, kwargs_handlers=[waiting, wrapping])
+    chosen = runtime.choose_device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # accelerate takes the current one
+    return Accelerator(cpu=chosen.type == "cpu", kwargs_handlers=[waiting])
 
 
 class Run:

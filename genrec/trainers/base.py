@@ -190,6 +190,9 @@ class _Run:
         self.best: dict[str, np.ndarray] = {}
         optimizer = _optimizer(model, self.config)
         self.model: Backbone = model
+        # Buffers are constants (the items' tokens, rotary tables): DistributedDataParallel need not
+        # send them to the other processes at every step.
+        model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()]  # type: ignore[assignment]
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         _, batches = examples.plan(self.config.batch_size, self.seed, 0)
         self.total_steps = max(1, len(batches) * self.config.epochs)

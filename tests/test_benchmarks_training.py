@@ -1,0 +1,34 @@
+"""The training benchmark compares equal trainings, and its JSON has the documented shape."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_quick_benchmark_starts_both_sides_from_the_same_loss(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "training.json"
+    tiny = ["--quick", "--users", "6", "--runs", "1"]
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.training", *tiny, "--json", str(path)],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert {"machine", "versions", "commit", "rows"} <= result.keys()
+    assert result["machine"]["threads"] == 1
+    assert len(result["rows"]) == 6
+    for row in result["rows"]:
+        assert {"case", "baseline", "ours", "theirs", "ratio", "unit", "equal"} <= row.keys()
+        assert row["baseline"].startswith("hf_trainer") and row["unit"] == "targets/s"
+        assert row["equal"] is True
+        details = row["details"]
+        assert details["first_loss_difference"] <= 1e-4 and details["first_loss_ours"] > 1.0
+        assert len(details["ours_cpu_s"]) == len(details["theirs_cpu_s"]) == details["runs"]
+        assert row["ratio"] == row["ours"] / row["theirs"]
