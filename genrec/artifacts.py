@@ -63,8 +63,8 @@ class Artifact:
         if got != fingerprint:
             raise MismatchError(
                 f"{self.manifest['kind']} at {str(self.path)!r} was made with {name} {got}, but "
-                f"the {name} given here is {fingerprint}. Load the {name} stored beside it, or make "
-                f"the {self.manifest['kind']} again."
+                f"the {name} given here is {fingerprint}. Load the {name} stored beside it, or "
+                f"make the {self.manifest['kind']} again."
             )
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from genrec.errors import ConfigError, nearest
 
 ConfigT = TypeVar("ConfigT", bound="StrictConfig")
-# What a bare string in place of a section means: `tokenizer: rqvae` is its name, `data: DIR` a path.
+# What a bare string for a section means: `tokenizer: rqvae` is a name, `data: DIR` a folder.
 SHORTHANDS = {"data": "dataset"}
 
 
