@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -21,6 +22,7 @@ from genrec.item_index import ItemIndex
 from genrec.models.base import Backbone, Batch, LossOutput
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
+from genrec.trainers import base
 from genrec.trainers.base import Trainer, TrainResult, learning_rate
 from genrec.trainers.batching import TrainingExamples
 from genrec.trainers.tracking import JsonLinesTracker, Trackers
@@ -322,6 +324,24 @@ def test_the_json_lines_tracker_drops_what_will_be_written_again(tmp_path: Path)
     again.finish()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}, {"step": 3, "loss": 30}]
+
+
+def test_the_json_lines_tracker_survives_half_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
+    JsonLinesTracker(path, resume_step=2).finish()
+    assert path.read_text(encoding="utf-8") == '{"step": 1, "loss": 2.0}\n'
+
+
+def test_slow_bf16_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    """Where the processor has no bf16 instructions training works, but much slower than fp32."""
+    monkeypatch.setattr(logging.getLogger("genrec"), "propagate", True)
+    config = Trainer.Config(precision="bf16")
+    for fast, words in ((True, ""), (False, "trainer.precision=fp32")):
+        caplog.clear()
+        monkeypatch.setattr(base, "_cpu_has_bf16", lambda fast=fast: fast)
+        base._warn_of_slow_precision(config, torch.device("cpu"))
+        assert (words in caplog.text) if words else not caplog.records
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:

@@ -108,6 +108,8 @@ def test_two_processes_give_what_one_gives(one: Path, folder: Path, root: Path) 
     timing = results(two)["timing"]
     assert "train (seed 1)" in timing["stages"] and "train (seed 1)" not in timing["reused"]
     assert "index (seed 1)" in timing["reused"]
+    models = [path.name for path in (folder / "cache" / "model").iterdir()]
+    assert len(models) == 2, "the number of processes is part of the key"
     assert said.count("train (seed 1): running") == 1, "only the first process speaks"
 
     assert len(metrics(two)) == len(metrics(one)) == 3  # two epochs and the summary

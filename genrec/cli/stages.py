@@ -112,7 +112,8 @@ def train(
     resolved = load_config(config, overrides, data=str(dataset))
     loaded, item_index = Dataset.load(dataset), ItemIndex.load(_part(index, "index"))
     accelerator = make_accelerator(device=device)
-    parts = [resolved.model.to_dict(), resolved.trainer.to_dict(), seed]
+    where = [accelerator.device.type, accelerator.num_processes]
+    parts = [resolved.model.to_dict(), resolved.trainer.to_dict(), seed, where]
     key = fingerprint(loaded.fingerprint, item_index.fingerprint, *parts)
     stages.train(
         out,

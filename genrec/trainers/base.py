@@ -188,6 +188,7 @@ class _Run:
         self.folder, self.key = folder, key
         self.place = _Place()
         self.best: dict[str, np.ndarray] = {}
+        _warn_of_slow_precision(self.config, accelerator.device)
         optimizer = _optimizer(model, self.config)
         self.model: Backbone = model
         # Buffers are constants (the items' tokens, rotary tables): DistributedDataParallel need not
@@ -428,6 +429,20 @@ def learning_rate(config: Trainer.Config, step: int, total_steps: int) -> float:
         return config.learning_rate
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def _warn_of_slow_precision(config: Trainer.Config, device: torch.device) -> None:
+    if config.precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
+        log.warning(
+            "trainer.precision=bf16: this processor has no bf16 instructions, so training is many "
+            "times slower than in fp32. Set trainer.precision=fp32."
+        )
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the library of CPU kernels uses bf16 instructions here (True if it does not say)."""
+    says = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(says()) if says else True
 
 
 def _optimizer(model: Backbone, config: Trainer.Config) -> torch.optim.Optimizer:

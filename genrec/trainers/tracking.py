@@ -56,7 +56,7 @@ class JsonLinesTracker:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if resume_step is not None and path.exists():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = _whole_lines(path)
             kept = [x for x in lines if not x.get("summary") and x.get("step", 0) <= resume_step]
         path.write_text("".join(json.dumps(x) + "\n" for x in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
@@ -74,6 +74,17 @@ class JsonLinesTracker:
     def finish(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file; a process that was killed may have left half a line."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 class WandbTracker:
