@@ -22,9 +22,10 @@ from genrec.item_index import ItemIndex
 from genrec.models.base import Backbone, Batch, LossOutput
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
-from genrec.trainers import base
-from genrec.trainers.base import Trainer, TrainResult, learning_rate
+from genrec.trainers import optimization
+from genrec.trainers.base import Trainer, TrainResult
 from genrec.trainers.batching import TrainingExamples
+from genrec.trainers.optimization import learning_rate
 from genrec.trainers.tracking import JsonLinesTracker, Trackers
 from genrec.trainers.validation import Validator
 from genrec.weights import load_model_arrays, model_arrays
@@ -339,8 +340,8 @@ def test_slow_bf16_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -
     config = Trainer.Config(precision="bf16")
     for fast, words in ((True, ""), (False, "trainer.precision=fp32")):
         caplog.clear()
-        monkeypatch.setattr(base, "_cpu_has_bf16", lambda fast=fast: fast)
-        base._warn_of_slow_precision(config, torch.device("cpu"))
+        monkeypatch.setattr(optimization, "cpu_has_bf16", lambda fast=fast: fast)
+        optimization.warn_of_slow_precision(config, torch.device("cpu"))
         assert (words in caplog.text) if words else not caplog.records
 
 

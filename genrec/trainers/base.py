@@ -9,7 +9,6 @@ accumulation steps: gradients of sums are added up and divided by the global num
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from genrec.errors import TrainingError
 from genrec.models.base import Backbone, Batch, LossOutput
 from genrec.trainers.batching import Spans, TrainingExamples
 from genrec.trainers.checkpoints import latest_checkpoint, restore, save_checkpoint
+from genrec.trainers.optimization import learning_rate, make_optimizer, warn_of_slow_precision
 from genrec.trainers.tracking import Trackers
 from genrec.trainers.validation import Validator
 from genrec.weights import load_model_arrays, model_arrays
@@ -188,8 +188,8 @@ class _Run:
         self.folder, self.key = folder, key
         self.place = _Place()
         self.best: dict[str, np.ndarray] = {}
-        _warn_of_slow_precision(self.config, accelerator.device)
-        optimizer = _optimizer(model, self.config)
+        warn_of_slow_precision(self.config, accelerator.device)
+        optimizer = make_optimizer(model, self.config)
         self.model: Backbone = model
         # Buffers are constants (the items' tokens, rotary tables): DistributedDataParallel need not
         # send them to the other processes at every step.
@@ -418,46 +418,6 @@ class _Run:
             place.seconds,
             resumed,
         )
-
-
-def learning_rate(config: Trainer.Config, step: int, total_steps: int) -> float:
-    """Return the learning rate of an optimizer step (0-based)."""
-    warmup = max(1, round(config.warmup * total_steps)) if config.warmup else 0
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.learning_rate
-    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-
-
-def _warn_of_slow_precision(config: Trainer.Config, device: torch.device) -> None:
-    if config.precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
-        log.warning(
-            "trainer.precision=bf16: this processor has no bf16 instructions, so training is many "
-            "times slower than in fp32. Set trainer.precision=fp32."
-        )
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the library of CPU kernels uses bf16 instructions here (True if it does not say)."""
-    says = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(says()) if says else True
-
-
-def _optimizer(model: Backbone, config: Trainer.Config) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=config.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
 
 
 class _on_sigterm:
