@@ -117,7 +117,8 @@ def rotate(latents_BD: Tensor, vectors_BD: Tensor, *, eps: float = 1e-6) -> Tens
     The rotation trick (Fifty et al. 2024): q = (||q|| / ||e||) R e with
     R = I - 2 r r^T + 2 q^ e^^T and r = (e^ + q^) / ||e^ + q^||, all but the last e held constant.
     Where e and q are zero or point in opposite directions R is not defined; there the gradient is
-    straight-through.
+    straight-through. Nearly opposite directions amplify rounding (by 1 / ||e^ + q^||); the value
+    returned is therefore q itself, and only the gradient comes from the rotation.
     """
     e, q = latents_BD.detach(), vectors_BD.detach()
     norm_e, norm_q = e.norm(dim=1, keepdim=True), q.norm(dim=1, keepdim=True)
@@ -129,6 +130,7 @@ def rotate(latents_BD: Tensor, vectors_BD: Tensor, *, eps: float = 1e-6) -> Tens
     along_e = (latents_BD * unit_e).sum(dim=1, keepdim=True)
     rotated = latents_BD - 2.0 * along_r * r + 2.0 * along_e * unit_q
     rotated = rotated * (norm_q / norm_e.clamp_min(eps))
+    rotated = rotated + (q - rotated.detach())
     defined = (length > 1e-3) & (norm_e > eps) & (norm_q > eps)
     return torch.where(defined, rotated, straight_through(latents_BD, vectors_BD))
 
