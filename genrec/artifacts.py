@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,25 @@ def _update(digest: Any, part: Any) -> None:
         return
     text = json.dumps(part, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     digest.update(f"json:{len(text)};{text}".encode())
+
+
+def pack_strings(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return strings as arrays that an artifact can hold.
+
+    Returns:
+        all strings in UTF-8, one after the other, uint8; and where each begins and ends in it,
+        (len(strings) + 1,) int64.
+    """
+    encoded = [text.encode() for text in strings]
+    offsets = np.concatenate([[0], np.cumsum([len(text) for text in encoded])]).astype(np.int64)
+    return np.frombuffer(b"".join(encoded), dtype=np.uint8).copy(), offsets
+
+
+def unpack_strings(encoded: np.ndarray, offsets: np.ndarray) -> list[str]:
+    """Return the strings that `pack_strings` packed."""
+    joined = np.asarray(encoded, dtype=np.uint8).tobytes()
+    bounds = np.asarray(offsets, dtype=np.int64).tolist()
+    return [joined[a:b].decode() for a, b in itertools.pairwise(bounds)]
 
 
 def file_checksum(path: Path) -> str:

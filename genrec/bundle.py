@@ -51,7 +51,7 @@ def build_model(section: Mapping[str, Any], index: ItemIndex, *, seed: int) -> B
     """
     cls, config = parse_component(BACKBONES, dict(section), path="model")
     runtime.seed_everything(seed)
-    return cls(config, torch.from_numpy(index.tokens(0)), index.codebook_sizes)
+    return cls.from_index(config, index)
 
 
 def save_model(

@@ -21,6 +21,18 @@ from genrec.errors import UserError
 
 IntArray = np.ndarray
 MISSING_ROW = -1
+END = 0
+"""The code that ends a semantic ID in a shared vocabulary; everything after it is END too."""
+
+
+def level_offsets(codebook_sizes: Sequence[int], shared_vocabulary: bool) -> IntArray:
+    """Return the first token of each level relative to the first code token, (L,) int64.
+
+    Levels that share one vocabulary all start at 0; else each level has a range of its own.
+    """
+    if shared_vocabulary:
+        return np.zeros(len(codebook_sizes), dtype=np.int64)
+    return np.concatenate([[0], np.cumsum(codebook_sizes)[:-1]]).astype(np.int64)
 
 
 class CollisionPolicy(Protocol):
@@ -39,6 +51,10 @@ class CodesItems(Protocol):
     def codebook_sizes(self) -> tuple[int, ...]:
         """Sizes of the L levels."""
 
+    @property
+    def shared_vocabulary(self) -> bool:
+        """Whether all levels draw from one vocabulary."""
+
     def encode(self, catalog: Any) -> IntArray:
         """Return codes (M, L)."""
 
@@ -54,14 +70,19 @@ class ItemIndex:
         item_ids: N unique strings; the position is the item's row.
         codes: (N, L) int32, unique rows, 0 <= codes[:, l] < codebook_sizes[l].
         codebook_sizes: L sizes >= 1.
+        shared_vocabulary: all levels draw from one vocabulary (words, sub-words), so that a code
+            means the same at every level. Semantic IDs may then be shorter than L: code 0 ends one
+            (`END`) and fills the rest of its row. All sizes are equal.
 
     Raises:
-        UserError: lengths that differ, duplicate ids or rows, or codes out of range.
+        UserError: lengths that differ, duplicate ids or rows, codes out of range, or codes after
+            the end of a semantic ID.
     """
 
     item_ids: tuple[str, ...]
     codes: IntArray
     codebook_sizes: tuple[int, ...]
+    shared_vocabulary: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "item_ids", tuple(str(i) for i in self.item_ids))
@@ -85,10 +106,27 @@ class ItemIndex:
             raise UserError(
                 f"ItemIndex: codes lie outside their levels' sizes {self.codebook_sizes}."
             )
+        if self.shared_vocabulary:
+            self._check_ends()
         if len(np.unique(self.codes, axis=0)) != len(self.codes):
             raise UserError(
                 "ItemIndex: several items share one semantic ID. Resolve collisions first "
                 "(collisions='extra_level')."
+            )
+
+    def _check_ends(self) -> None:
+        if len(set(self.codebook_sizes)) > 1:
+            raise UserError(
+                f"ItemIndex: got levels of sizes {self.codebook_sizes}, expected equal ones in a "
+                "shared vocabulary."
+            )
+        ended = self.codes == END
+        if self.codes.size and (ended[:, 0].any() or (ended[:, :-1] & ~ended[:, 1:]).any()):
+            row = int(np.flatnonzero(ended[:, 0] | (ended[:, :-1] & ~ended[:, 1:]).any(1))[0])
+            raise UserError(
+                f"ItemIndex: the semantic ID of item {self.item_ids[row]!r} is empty or goes on "
+                f"after its end (code {END}): {self.codes[row].tolist()}. Expected at least one "
+                f"code, then only {END}s once it has ended."
             )
 
     @classmethod
@@ -109,7 +147,8 @@ class ItemIndex:
             else collisions
         )
         codes, sizes = policy(codes, tokenizer.codebook_sizes, catalog.item_ids)
-        return cls(tuple(catalog.item_ids), codes, tuple(sizes))
+        shared = tokenizer.shared_vocabulary
+        return cls(tuple(catalog.item_ids), codes, tuple(sizes), shared)
 
     @cached_property
     def _row_by_id(self) -> dict[str, int]:
@@ -121,8 +160,9 @@ class ItemIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of ids, codes and sizes."""
-        return fingerprint(list(self.item_ids), self.codes, list(self.codebook_sizes))
+        """Digest of ids, codes, sizes and whether levels share a vocabulary."""
+        shared = ["shared vocabulary"] if self.shared_vocabulary else []
+        return fingerprint(list(self.item_ids), self.codes, list(self.codebook_sizes), *shared)
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -135,12 +175,14 @@ class ItemIndex:
     @property
     def num_tokens(self) -> int:
         """Size of the token range of all levels together."""
+        if self.shared_vocabulary:
+            return max(self.codebook_sizes, default=0)
         return sum(self.codebook_sizes)
 
     @cached_property
     def level_offsets(self) -> IntArray:
         """First token of each level relative to the first code token, (L,) int64."""
-        return np.concatenate([[0], np.cumsum(self.codebook_sizes)[:-1]]).astype(np.int64)
+        return level_offsets(self.codebook_sizes, self.shared_vocabulary)
 
     def rows_of(
         self, item_ids: Iterable[str], *, missing: Literal["error", "skip", "mark"] = "error"
@@ -205,6 +247,7 @@ class ItemIndex:
             (*self.item_ids, *map(str, item_ids)),
             np.concatenate([self.codes, codes]),
             self.codebook_sizes,
+            self.shared_vocabulary,
         )
 
     def remove(self, item_ids: Iterable[str]) -> ItemIndex:
@@ -212,7 +255,10 @@ class ItemIndex:
         gone = set(self.rows_of(item_ids).tolist())
         keep = [row for row in range(len(self)) if row not in gone]
         return ItemIndex(
-            tuple(self.item_ids[row] for row in keep), self.codes[keep], self.codebook_sizes
+            tuple(self.item_ids[row] for row in keep),
+            self.codes[keep],
+            self.codebook_sizes,
+            self.shared_vocabulary,
         )
 
     def save(self, path: str | Path, *, upstream: dict[str, str] | None = None) -> None:
@@ -225,6 +271,7 @@ class ItemIndex:
             extra={
                 "item_ids": list(self.item_ids),
                 "codebook_sizes": list(self.codebook_sizes),
+                "shared_vocabulary": self.shared_vocabulary,
                 "index_fingerprint": self.fingerprint,
             },
         )
@@ -237,4 +284,5 @@ class ItemIndex:
             tuple(artifact.extra["item_ids"]),
             artifact.arrays["codes"],
             tuple(artifact.extra["codebook_sizes"]),
+            artifact.extra.get("shared_vocabulary", False),
         )

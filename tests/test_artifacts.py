@@ -156,3 +156,14 @@ def test_fingerprints_tell_types_shapes_and_order_apart() -> None:
     ]
     assert len({fingerprint(*v) for v in values}) == len(values)
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+
+
+def test_strings_survive_packing(tmp_path: Path) -> None:
+    strings = ["", "Alien", "Am\u00e9lie", "\U0001f47d", "a\nb"]
+    encoded, offsets = artifacts.pack_strings(strings)
+    assert encoded.dtype == np.uint8 and offsets.dtype == np.int64
+    arrays = {"encoded": encoded, "offsets": offsets}
+    save_artifact(tmp_path / "a", kind="names", arrays=arrays)
+    again = load_artifact(tmp_path / "a", kind="names").arrays
+    assert artifacts.unpack_strings(again["encoded"], again["offsets"]) == strings
+    assert artifacts.unpack_strings(*artifacts.pack_strings([])) == []

@@ -142,6 +142,7 @@ class Constant:
     """A tokenizer that gives every item the same code."""
 
     codebook_sizes = (1,)
+    shared_vocabulary = False
 
     def encode(self, catalog):
         return np.zeros((len(catalog.item_ids), 1), np.int32)
@@ -162,3 +163,27 @@ def test_build_takes_any_policy_and_fails_without_one():
     assert index.codes[:, 0].tolist() == [0, 1, 2] and index.codebook_sizes == (3,)
     with pytest.raises(UserError, match="share one semantic ID"):
         ItemIndex.build(Constant(), Items(), collisions=lambda c, k, i: (c, tuple(k)))
+
+
+WORDS = np.array([[1, 0, 0], [1, 2, 0], [1, 2, 3]])
+
+
+def test_a_shared_vocabulary_has_one_token_per_word(tmp_path):
+    index = ItemIndex(("a", "b", "c"), WORDS, (4, 4, 4), shared_vocabulary=True)
+    assert index.num_tokens == 4
+    assert index.tokens(10).tolist() == [[11, 10, 10], [11, 12, 10], [11, 12, 13]]
+    separate = ItemIndex(("a", "b", "c"), WORDS, (4, 4, 4))
+    assert separate.num_tokens == 12 and separate.fingerprint != index.fingerprint
+    index.save(tmp_path / "index")
+    loaded = ItemIndex.load(tmp_path / "index")
+    assert loaded.shared_vocabulary and loaded.fingerprint == index.fingerprint
+    grown = loaded.remove(["b"]).add(["d"], np.array([[3, 3, 0]]))
+    assert grown.shared_vocabulary and grown.codes.tolist() == [[1, 0, 0], [1, 2, 3], [3, 3, 0]]
+
+
+@pytest.mark.parametrize("codes", [[[0, 0, 0]], [[1, 0, 2]], [[0, 1, 0]]])
+def test_a_semantic_id_ends_once_and_is_not_empty(codes):
+    with pytest.raises(UserError, match="after its end"):
+        ItemIndex(("a",), np.array(codes), (4, 4, 4), shared_vocabulary=True)
+    with pytest.raises(UserError, match="expected equal ones"):
+        ItemIndex(("a",), np.array([[1, 1, 1]]), (4, 3, 4), shared_vocabulary=True)

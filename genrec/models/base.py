@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from genrec.config import StrictConfig
 from genrec.errors import ConfigError, UserError
-from genrec.item_index import ItemIndex
+from genrec.item_index import END, ItemIndex, level_offsets
 
 PAD, START, FIRST_TOKEN = 0, 1, 2
 IGNORED = -100  # what torch's cross_entropy skips
@@ -118,6 +118,8 @@ class Backbone(nn.Module, ABC):
         tokens_NL: (N, L) int64 code tokens of all items, level offsets included, specials not
             (`ItemIndex.tokens(0)`).
         codebook_sizes: L sizes.
+        shared_vocabulary: all levels draw from one vocabulary and code 0 ends a semantic ID (see
+            `ItemIndex`).
 
     Raises:
         UserError: tokens whose shape or range does not fit `codebook_sizes`.
@@ -154,13 +156,21 @@ class Backbone(nn.Module, ABC):
     tokens_NL: Tensor
     level_offsets_L: Tensor
 
-    def __init__(self, config: Config, tokens_NL: Tensor, codebook_sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokens_NL: Tensor,
+        codebook_sizes: Sequence[int],
+        shared_vocabulary: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
+        self.shared_vocabulary = shared_vocabulary
         self.num_levels = len(self.codebook_sizes)
-        self.num_tokens = FIRST_TOKEN + sum(self.codebook_sizes)
-        offsets = torch.tensor([0, *self.codebook_sizes[:-1]]).cumsum(0) + FIRST_TOKEN
+        firsts = level_offsets(self.codebook_sizes, shared_vocabulary)
+        self.num_tokens = FIRST_TOKEN + int((firsts + np.array(self.codebook_sizes)).max())
+        offsets = torch.from_numpy(firsts) + FIRST_TOKEN
         self._first_tokens = tuple(offsets.tolist())
         # Not persistent: the item index is an artifact of its own, with its own fingerprint.
         self.register_buffer("level_offsets_L", offsets, persistent=False)
@@ -172,7 +182,8 @@ class Backbone(nn.Module, ABC):
     @classmethod
     def from_index(cls, config: Config, index: ItemIndex) -> Self:
         """Build a backbone with fresh weights for an item index."""
-        return cls(config, torch.from_numpy(index.tokens()), index.codebook_sizes)
+        tokens_NL = torch.from_numpy(index.tokens())
+        return cls(config, tokens_NL, index.codebook_sizes, index.shared_vocabulary)
 
     def _checked(self, tokens_NL: Tensor) -> Tensor:
         tokens_NL = torch.as_tensor(tokens_NL, dtype=torch.int64) + FIRST_TOKEN
@@ -265,14 +276,17 @@ class Backbone(nn.Module, ABC):
             valid_M: bool, which items count.
         """
         total = hidden_MLD.new_zeros((), dtype=torch.float32)
+        counts_M = valid_M
         for level in range(self.num_levels):
+            if level and self.shared_vocabulary:  # what follows the end of a semantic ID is certain
+                counts_M = counts_M & (tokens_ML[:, level - 1] != FIRST_TOKEN + END)
             hidden_MD, tokens_M = hidden_MLD[:, level], tokens_ML[:, level]
             if self.config.softmax == "level":
                 logits, target_M = self.level_logits(hidden_MD, level), tokens_M
                 target_M = tokens_M - self._first_tokens[level]
             else:
                 logits, target_M = F.linear(hidden_MD, self.output_weight_VD).float(), tokens_M
-            target_M = target_M.masked_fill(~valid_M, IGNORED)
+            target_M = target_M.masked_fill(~counts_M, IGNORED)
             total = total + F.cross_entropy(logits, target_M, reduction="sum")
         return LossOutput.of(total, valid_M.sum())
 

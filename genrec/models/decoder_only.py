@@ -143,8 +143,14 @@ class DecoderOnly(Backbone):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: Config, tokens_NL: Tensor, codebook_sizes: Sequence[int]) -> None:
-        super().__init__(config, tokens_NL, codebook_sizes)
+    def __init__(
+        self,
+        config: Config,
+        tokens_NL: Tensor,
+        codebook_sizes: Sequence[int],
+        shared_vocabulary: bool = False,
+    ) -> None:
+        super().__init__(config, tokens_NL, codebook_sizes, shared_vocabulary)
         head_width = check_heads(config)
         self.layers = module_list(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)

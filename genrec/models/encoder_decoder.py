@@ -85,8 +85,14 @@ class EncoderDecoder(Backbone):
     recency: nn.Embedding
     causal_LL: Tensor
 
-    def __init__(self, config: Config, tokens_NL: Tensor, codebook_sizes: Sequence[int]) -> None:
-        super().__init__(config, tokens_NL, codebook_sizes)
+    def __init__(
+        self,
+        config: Config,
+        tokens_NL: Tensor,
+        codebook_sizes: Sequence[int],
+        shared_vocabulary: bool = False,
+    ) -> None:
+        super().__init__(config, tokens_NL, codebook_sizes, shared_vocabulary)
         self.encoder = module_list(EncoderLayer(config) for _ in range(config.num_layers))
         self.encoder_norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         self.encoder_bias = self._bias(1 + config.max_history * self.num_levels, True)

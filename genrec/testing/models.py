@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genrec.models.base import Backbone, Batch, LossOutput, pad_histories
+from genrec.item_index import END
+from genrec.models.base import FIRST_TOKEN, Backbone, Batch, LossOutput, pad_histories
 
 SIZES = (4, 3, 5)
 MAX_HISTORY = 6
+WORDS = np.array([[1, 0, 0], [1, 2, 0], [1, 2, 3], [4, 0, 0], [2, 4, 4], [3, 3, 0]])
 HISTORIES = ((3, 1, 4, 1, 5), (), (9, 2, 6, 5, 3, 5), (8,), (7, 7))
 
 
@@ -41,8 +43,10 @@ def item_logprobs(model: Backbone, batch: Batch) -> Tensor:
     for level in range(model.num_levels):
         codes_R = codes_NL[:, level].repeat(num_requests)
         logits_RK = logits[parents_R] if level == 0 else logits
-        logprobs_RK = logits_RK.log_softmax(-1)
-        total_R = total_R + logprobs_RK.gather(1, codes_R[:, None])[:, 0]
+        steps_R = logits_RK.log_softmax(-1).gather(1, codes_R[:, None])[:, 0]
+        if level and model.shared_vocabulary:  # nothing is left to say after the end
+            steps_R = steps_R.masked_fill((codes_NL[:, level - 1] == END).repeat(num_requests), 0)
+        total_R = total_R + steps_R
         if level + 1 < model.num_levels:
             logits, state = model.step(codes_R, state, parents_R)
             parents_R = torch.arange(len(codes_R))
@@ -129,6 +133,28 @@ class BackboneContract:
             )
             torch.testing.assert_close(found_N, expected_N, atol=1e-4, rtol=0)
         assert found_BN.std() > 0.1
+
+    def make_shared(self, **changes: Any) -> Backbone:
+        """Return a backbone over words: semantic IDs of 1 to 3 codes out of 5, END included."""
+        torch.manual_seed(0)
+        options = {"max_history": MAX_HISTORY, "dropout": 0.0, **self.options, **changes}
+        config = self.backbone.Config(**options)
+        return self.backbone(config, torch.from_numpy(WORDS), (5, 5, 5), shared_vocabulary=True)
+
+    @torch.no_grad()
+    def test_a_shared_vocabulary_means_the_same_at_every_level(self) -> None:
+        """One row of the table per word; cached states equal `loss`, which stops at END."""
+        model = self.make_shared().eval()
+        assert model.num_tokens == model.embedding.num_embeddings == FIRST_TOKEN + 5
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+        histories = [(3, 1, 4), (), (2, 0)]
+        found_BN = item_logprobs(model, pad_histories(histories, MAX_HISTORY))
+        for history, found_N in zip(histories, found_BN, strict=True):
+            expected_N = torch.stack(
+                [-recomputed_nll(model, history, item) for item in range(len(WORDS))]
+            )
+            torch.testing.assert_close(found_N, expected_N, atol=1e-4, rtol=0)
 
     @torch.no_grad()
     def test_loss_is_mean_negative_logprob_of_items(self) -> None:

@@ -48,6 +48,12 @@ class ItemTokenizer(ABC):
     """Whether codes stand for vectors (`inputs` and `decode` work)."""
     codes_new_items: ClassVar[bool] = True
     """Whether `encode` works for items that `fit` did not see."""
+    shared_vocabulary: ClassVar[bool] = False
+    """Whether all levels draw from one vocabulary (words, sub-words): `codebook_sizes` is then
+    (V,) * L, and code 0 ends a semantic ID that is shorter than L and fills the rest of its row."""
+    needs: ClassVar[frozenset[str]] = frozenset({"vectors"})
+    """What `fit` and `encode` read: of "vectors", "interactions" (fit only) and "texts". Without
+    "vectors" the items are not embedded at all."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
