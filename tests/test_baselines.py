@@ -17,7 +17,7 @@ from genrec.data import Catalog, Dataset, Interactions
 from genrec.data.splits import leave_one_out
 from genrec.errors import UserError
 from genrec.models import baselines
-from genrec.models.baselines import BASELINES, ItemKNN, Markov, MostPopular
+from genrec.models.baselines import BASELINES, COUNTING, ItemKNN, Markov, MostPopular
 from genrec.runtime import load_object
 
 
@@ -107,7 +107,7 @@ def test_a_batch_scores_like_its_histories_alone(name):
     model = load_object(BASELINES[name])().fit(random_world(1).training())
     together = model.scores(HISTORIES)
     alone = np.concatenate([model.scores([history]) for history in HISTORIES])
-    assert np.allclose(together, alone, rtol=1e-14)
+    assert np.allclose(together, alone, rtol=1e-14 if name in COUNTING else 1e-4)
     assert model.scores([]).shape == (0, 12)
 
 
@@ -160,7 +160,7 @@ def test_command_prints_json_rows_masked_and_not(dataset_folder):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert [(row["name"], row["masked"]) for row in found["rows"]] == [
-        (name, masked) for masked in (True, False) for name in BASELINES
+        (name, masked) for masked in (True, False) for name in COUNTING
     ]
     markov = found["rows"][2]
     assert markov["recall@10"] == 1.0 and markov["ndcg@10"] == 1.0

@@ -259,7 +259,7 @@ def test_normalize_scales_to_length_one(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(FEATURES))
 def test_every_setting_is_documented_and_checked(name):
-    settings = {"path": "x.npy"} if name == "file" else {}
+    settings = {"file": {"path": "x.npy"}, "fusion": {"parts": ["lsa"]}}.get(name, {})
     extractor = make(name, **settings)
     fields = type(extractor).Config.model_fields
     assert [key for key, field in fields.items() if not field.description] == []

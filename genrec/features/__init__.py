@@ -8,6 +8,10 @@ FEATURES = {
     "lsa": "genrec.features.text:LSA",
     "sentence_encoder": "genrec.features.sentence_encoder:SentenceEncoder",
     "file": "genrec.features.file:VectorFile",
+    "collaborative": "genrec.features.collaborative:Collaborative",
+    "hf_encoder": "genrec.features.hf_encoder:HFEncoder",
+    "image": "genrec.features.image:Image",
+    "fusion": "genrec.features.fusion:Fusion",
 }
 
 __all__ = ["FEATURES"]

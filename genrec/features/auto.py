@@ -12,11 +12,11 @@ import numpy as np
 
 from genrec.config import StrictConfig
 from genrec.features import FEATURES
-from genrec.features.base import FeatureExtractor
+from genrec.features.base import ALONE, FeatureExtractor, Workplace
 from genrec.runtime import get_logger, lookup
 
 if TYPE_CHECKING:
-    from genrec.data import Catalog
+    from genrec.data import Catalog, Interactions
 
 log = get_logger(__name__)
 
@@ -51,9 +51,14 @@ class Auto(FeatureExtractor):
         resolved: StrictConfig = cls(cls.Config(columns=self.config.columns)).resolve()
         return resolved
 
-    def embed(self, catalog: Catalog) -> np.ndarray:
+    def embed(
+        self,
+        catalog: Catalog,
+        interactions: Interactions | None = None,
+        workplace: Workplace = ALONE,
+    ) -> np.ndarray:
         """Return the vectors (N, E) float32 of the extractor that `resolve` names."""
         config = self.resolve()
         cls = lookup(FEATURES, config.to_dict()["name"], what="features.name")
-        vectors: np.ndarray = cls(config).embed(catalog)
+        vectors: np.ndarray = cls(config).embed(catalog, interactions, workplace)
         return vectors

@@ -9,6 +9,9 @@ Shapes: N items, E embedding width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,9 +20,48 @@ from genrec.config import StrictConfig
 from genrec.errors import DataError
 
 if TYPE_CHECKING:
-    from genrec.data import Catalog
+    from genrec.data import Catalog, Interactions
 
 MAX_NAMED = 5
+
+
+def _alone() -> None:
+    """Wait for nobody."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where partial results lie, and which processes share the work.
+
+    Args:
+        folder: for finished parts, on a disk that all processes see; None keeps none.
+        index: number of this process.
+        count: number of processes; more than one need a folder.
+        barrier: lets all processes meet.
+    """
+
+    folder: Path | None = None
+    index: int = 0
+    count: int = 1
+    barrier: Callable[[], None] = _alone
+
+
+ALONE = Workplace()
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where one part lies in vectors that were put together.
+
+    Args:
+        name: of the part's extractor.
+        start: first column.
+        stop: one past the last column.
+    """
+
+    name: str
+    start: int
+    stop: int
 
 
 class FeatureExtractor(ABC):
@@ -30,13 +72,35 @@ class FeatureExtractor(ABC):
     """
 
     Config: ClassVar[type[StrictConfig]] = StrictConfig
+    needs_interactions: bool = False
+    """Whether `embed` must be given the training interactions."""
+    shares_work: bool = False
+    """Whether several processes take a part of `embed` each (otherwise one does it)."""
+    blocks: tuple[Block, ...] = ()
+    """After `embed`: which columns came from which part, where vectors are put together."""
+    embeds_alone: bool = True
+    """Whether an item's vector depends on that item alone: vectors of items that are embedded later
+    then lie in the same space."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     @abstractmethod
-    def embed(self, catalog: Catalog) -> np.ndarray:
-        """Return vectors (N, E) float32, finite, in the row order of the catalogue."""
+    def embed(
+        self,
+        catalog: Catalog,
+        interactions: Interactions | None = None,
+        workplace: Workplace = ALONE,
+    ) -> np.ndarray:
+        """Return vectors (N, E) float32, finite, in the row order of the catalogue.
+
+        An item about which nothing is known has the zero vector.
+
+        Args:
+            catalog: N items.
+            interactions: `interactions.training()`, where `needs_interactions` says so.
+            workplace: where and with whom to work.
+        """
 
     def resolve(self) -> StrictConfig:
         """Return the configuration that fixes the result, before anything is computed.
@@ -45,6 +109,13 @@ class FeatureExtractor(ABC):
         a digest of their content: two equal answers (and equal catalogues) mean equal vectors.
         """
         return self.config
+
+    def reads(self, catalog: Catalog) -> dict[str, str]:
+        """Return digests of what `embed` will read beside the catalogue and the configuration.
+
+        They join the key of the cache: an image file that changes makes new vectors.
+        """
+        return {}
 
 
 def finished(vectors_NE: np.ndarray, item_ids: list[str], *, normalize: bool) -> np.ndarray:

@@ -1,6 +1,6 @@
 """VectorFile: precomputed item vectors from npy, parquet or safetensors, aligned with the items.
 
-Alignment is checked, never assumed: by item id where the file has ids, by count where it has not.
+Alignment is checked, never assumed: by item id where there are ids, by count where there are none.
 How the vectors were made is not its business.
 
 Shapes: N items, F vectors in the file, E embedding width.
@@ -9,6 +9,7 @@ Shapes: N items, F vectors in the file, E embedding width.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,11 +19,13 @@ import numpy as np
 from genrec.artifacts import file_checksum
 from genrec.config import StrictConfig
 from genrec.errors import DataError, nearest
-from genrec.features.base import FeatureExtractor, finished
+from genrec.features.base import ALONE, FeatureExtractor, Workplace, finished
+from genrec.runtime import get_logger
 
 if TYPE_CHECKING:
-    from genrec.data import Catalog
+    from genrec.data import Catalog, Interactions
 
+log = get_logger(__name__)
 MAX_NAMED = 5
 Loaded = tuple[np.ndarray, list[str] | None]
 
@@ -40,18 +43,25 @@ class VectorFile(FeatureExtractor):
         name: Literal["file"] = "file"
         """Name in the registry."""
         path: str
-        """npy: (N, E) in the row order of the catalogue. parquet: one line per item with an id and
-        a list column. safetensors: a (N, E) tensor, with the ids as a JSON list in the file's
-        metadata under `id_column`, or in row order without them."""
+        """npy: (F, E), with ids in a file of their own or in the row order of the catalogue.
+        parquet: one line per item with an id and a list column. safetensors: a (F, E) tensor, with
+        the ids as a JSON list in the file's metadata under `id_column`, in a file of their own, or
+        in the row order of the catalogue."""
+        ids: str | None = None
+        """npy, safetensors: file with the item id of each vector, in the order of the vectors:
+        a JSON list (.json), or text with one id per line."""
         id_column: str = "item_id"
         """Parquet column, or safetensors metadata key, with the item ids."""
         vector_column: str = "vector"
         """Parquet column, or safetensors tensor, with the vectors."""
+        missing: Literal["error", "zero"] = "error"
+        """What an item without a vector in the file means: an error that lists them, or the zero
+        vector (counted in a warning), which fusion takes for a missing modality."""
         normalize: bool = False
         """Scale vectors to length 1."""
         digest: str | None = None
-        """sha256 of the file. `resolve` fills it in, so that a cache key names the very content;
-        when set, another content is refused."""
+        """sha256 of the file, and of the ids' file if there is one. `resolve` fills it in, so that
+        a cache key names the very content; when set, another content is refused."""
 
     config: VectorFile.Config
 
@@ -68,6 +78,13 @@ class VectorFile(FeatureExtractor):
                 "safetensors; check the path."
             )
         digest = file_checksum(path)
+        if self.config.ids is not None:
+            if not Path(self.config.ids).is_file():
+                raise DataError(
+                    f"features.ids: no file at {self.config.ids!r}. Expected a JSON list, or text "
+                    "with one id per line; check the path."
+                )
+            digest += f"+{file_checksum(Path(self.config.ids))}"
         if self.config.digest not in (None, digest):
             raise DataError(
                 f"features.path: {self.config.path!r} has sha256 {digest}, expected "
@@ -76,13 +93,32 @@ class VectorFile(FeatureExtractor):
             )
         return self.config.model_copy(update={"digest": digest})
 
-    def embed(self, catalog: Catalog) -> np.ndarray:
+    def embed(
+        self,
+        catalog: Catalog,
+        interactions: Interactions | None = None,
+        workplace: Workplace = ALONE,
+    ) -> np.ndarray:
         """Return the vectors (N, E) float32 of the catalogue's items.
 
-        Items of the file that the catalogue lacks are left out.
+        Vectors of items that the catalogue lacks are left out, and a log line says how many.
 
         Raises:
-            DataError: unreadable file, wrong count, items without a vector, or NaN.
+            DataError: unreadable file, wrong count, repeated ids, items without a vector (unless
+                `missing` allows them), or NaN.
+        """
+        config = self.config
+        vectors, ids = self.read()
+        name = Path(config.path).name
+        rows = _rows(catalog.item_ids, ids, len(vectors), name, config.missing)
+        padded = np.concatenate([vectors, np.zeros((1, vectors.shape[1]), vectors.dtype)])
+        return finished(padded[rows], catalog.item_ids, normalize=config.normalize)
+
+    def read(self) -> Loaded:
+        """Return the vectors (F, E) as they are in the file, and their ids (None: in row order).
+
+        Raises:
+            DataError: unreadable file.
         """
         self.resolve()
         config = self.config
@@ -99,8 +135,33 @@ class VectorFile(FeatureExtractor):
                 f"features.path: {path.name!r} holds an array of shape {vectors.shape}, expected "
                 "(items, width)."
             )
-        rows = _rows(catalog.item_ids, ids, len(vectors), path.name)
-        return finished(vectors[rows], catalog.item_ids, normalize=config.normalize)
+        if config.ids is not None:
+            ids = self._ids_beside(Path(config.ids), ids, len(vectors))
+        return vectors, ids
+
+    def _ids_beside(self, path: Path, stored: list[str] | None, num_vectors: int) -> list[str]:
+        """Read the file of ids."""
+        if stored is not None:
+            raise DataError(
+                f"features.ids: {Path(self.config.path).name!r} holds ids of its own. Leave "
+                "features.ids out."
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+            ids = json.loads(text) if path.suffix == ".json" else text.splitlines()
+            if not isinstance(ids, list):
+                raise ValueError(f"a JSON {type(ids).__name__}")
+        except ValueError as error:  # UnicodeDecodeError is one
+            raise DataError(
+                f"features.ids: {path.name!r} cannot be read as a JSON list, or as text with one "
+                f"id per line ({error})."
+            ) from None
+        if len(ids) != num_vectors:
+            raise DataError(
+                f"features.ids: {path.name!r} holds {len(ids)} ids for {num_vectors} vectors. "
+                "Expected one id per vector."
+            )
+        return [str(item) for item in ids]
 
     def _npy(self, path: Path) -> Loaded:
         try:
@@ -156,28 +217,51 @@ class VectorFile(FeatureExtractor):
         return vectors, ids
 
 
-def _rows(wanted: Sequence[str], ids: list[str] | None, num_vectors: int, name: str) -> np.ndarray:
-    """Return the place in the file of each wanted item."""
+def _rows(
+    wanted: Sequence[str], ids: list[str] | None, num_vectors: int, name: str, policy: str
+) -> np.ndarray:
+    """Return the place in the file of each wanted item; -1 for one that is missing by policy."""
     if ids is None:
         if num_vectors != len(wanted):
             raise DataError(
                 f"features.path: {name!r} holds {num_vectors} vectors without ids for "
                 f"{len(wanted)} items. Expected one per item in the row order of the catalogue; "
-                "use a parquet file with ids if the catalogue was filtered."
+                "give features.ids, or use a parquet file with ids, if the catalogue was filtered."
             )
         return np.arange(num_vectors)
     place = {item: row for row, item in enumerate(ids)}
     if len(place) != len(ids):
-        raise DataError(f"features.path: item ids repeat in {name!r}. Expected one vector each.")
-    missing = [item for item in wanted if item not in place]
-    if missing:
-        shown = ", ".join(repr(item) for item in missing[:MAX_NAMED])
+        repeated = [item for item, count in Counter(ids).items() if count > 1]
+        shown = ", ".join(map(repr, repeated[:MAX_NAMED]))
         raise DataError(
-            f"features.path: {name!r} has no vector for {len(missing)} of {len(wanted)} items, "
-            f"e.g. {shown}; its ids look like {', '.join(map(repr, ids[:2]))}. Expected the ids of "
-            "the raw data."
+            f"features.path: {len(repeated)} item ids repeat in {name!r}, e.g. {shown}. Expected "
+            "one vector each."
         )
-    return np.array([place[item] for item in wanted], dtype=np.int64)
+    rows = np.array([place.get(item, -1) for item in wanted], dtype=np.int64)
+    _report_missing(wanted, ids, rows, name, policy)
+    extra = len(ids) - int((rows >= 0).sum())
+    if extra:
+        log.info("features: %d of %d vectors in %r are of other items.", extra, len(ids), name)
+    return rows
+
+
+def _report_missing(
+    wanted: Sequence[str], ids: list[str], rows: np.ndarray, name: str, policy: str
+) -> None:
+    missing = [item for item, row in zip(wanted, rows, strict=True) if row < 0]
+    if not missing:
+        return
+    shown = ", ".join(repr(item) for item in missing[:MAX_NAMED])
+    message = (
+        f"{name!r} has no vector for {len(missing)} of {len(wanted)} items, e.g. {shown}; its ids "
+        f"look like {', '.join(map(repr, ids[:2]))}."
+    )
+    if policy == "error" or len(missing) == len(wanted):
+        raise DataError(
+            f"features.path: {message} Expected the ids of the raw data, for all items; "
+            "features.missing=zero lets some be missing."
+        )
+    log.warning("features: %s They get zero vectors.", message)
 
 
 def _require(name: str, found: list[str], path: Path, what: str) -> None:

@@ -8,26 +8,27 @@ Shapes: N items, E embedding width.
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from genrec import assets
-from genrec.artifacts import file_checksum, fingerprint
 from genrec.config import StrictConfig
 from genrec.errors import AssetError
-from genrec.features.base import FeatureExtractor, finished
-from genrec.runtime import choose_device, progress
+from genrec.features.base import ALONE, FeatureExtractor, Workplace, finished
+from genrec.features.pretrained import checked_digest, find_model, require
+from genrec.features.shards import of_distinct_texts
+from genrec.runtime import choose_device
 
 if TYPE_CHECKING:
-    from genrec.data import Catalog
+    from genrec.data import Catalog, Interactions
 
 PACKAGE = "sentence_transformers"
 MARKER = "modules.json"
-WEIGHTS = {".json", ".txt", ".safetensors", ".bin", ".model"}
+INSTEAD = "use features.name=lsa"
 
 
 class SentenceEncoder(FeatureExtractor):
@@ -59,6 +60,8 @@ class SentenceEncoder(FeatureExtractor):
 
     config: SentenceEncoder.Config
 
+    shares_work = True
+
     def resolve(self) -> SentenceEncoder.Config:
         """Return the configuration with the digest of the model's files.
 
@@ -66,44 +69,41 @@ class SentenceEncoder(FeatureExtractor):
             AssetError: the model or the package is not on this machine, or the digest differs.
         """
         _require_package()
-        digest = _digest(_folder(self.config.model))
-        if self.config.digest not in (None, digest):
-            raise AssetError(
-                f"features.model: the files of {self.config.model!r} have fingerprint {digest}, "
-                f"expected {self.config.digest} (features.digest). Use the model that the vectors "
-                "were made with, or remove features.digest."
-            )
+        model = self.config.model
+        digest = checked_digest(model, _folder(model), self.config.digest)
         return self.config.model_copy(update={"digest": digest})
 
-    def embed(self, catalog: Catalog) -> np.ndarray:
+    def embed(
+        self,
+        catalog: Catalog,
+        interactions: Interactions | None = None,
+        workplace: Workplace = ALONE,
+    ) -> np.ndarray:
         """Return vectors (N, E) float32; an item without text gets the zero vector.
-
-        Each distinct text is encoded once, longest first, so that a batch holds texts of about the
-        same length and memory peaks at the start.
 
         Raises:
             AssetError: the model or the package is not on this machine.
         """
-        self.resolve()
-        texts = catalog.texts(self.config.columns)
-        distinct = sorted({t for t in texts if t.strip()}, key=lambda t: (-len(t), t))
-        model = self._load()
-        parts = [np.zeros((1, _width(model)), np.float32)]  # place 0: no text
-        size = self.config.batch_size
-        with progress("Encoding item texts", len(distinct)) as advance:
-            for start in range(0, len(distinct), size):
-                batch = distinct[start : start + size]
-                parts.append(
-                    model.encode(
-                        batch, batch_size=size, convert_to_numpy=True, show_progress_bar=False
-                    )
-                )
-                advance(len(batch))
-        place = {text: 1 + i for i, text in enumerate(distinct)}
-        vectors = np.concatenate(parts)[[place.get(text, 0) for text in texts]]
+        resolved = self.resolve()
+
+        def encode(texts: Sequence[str]) -> np.ndarray:
+            found: np.ndarray = self._model.encode(
+                list(texts), batch_size=len(texts), convert_to_numpy=True, show_progress_bar=False
+            )
+            return found
+
+        vectors = of_distinct_texts(
+            catalog.texts(self.config.columns),
+            encode,
+            width=_width(self._model),
+            batch_size=self.config.batch_size,
+            key=resolved.to_dict(),
+            workplace=workplace,
+        )
         return finished(vectors, catalog.item_ids, normalize=self.config.normalize)
 
-    def _load(self) -> Any:
+    @cached_property
+    def _model(self) -> Any:
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging as transformers_logging
 
@@ -126,47 +126,18 @@ def available(model: str = "minilm") -> str | None:
 
 
 def _require_package() -> None:
-    if importlib.util.find_spec(PACKAGE) is None:
-        raise AssetError(
-            "features.name: sentence_encoder needs the package sentence-transformers, which is not "
-            "installed. Install it with `pip install 'genrec[text]'`, or use features.name=lsa."
-        )
+    require(PACKAGE, "'genrec[text]'", what="sentence-transformers", instead=INSTEAD)
 
 
 def _folder(model: str) -> Path:
-    """Return the folder of a model: an asset, a local folder, or a snapshot in the hub cache."""
-    if model in assets.ASSETS:
-        try:
-            return assets.resolve(model)
-        except AssetError as error:
-            raise AssetError(f"features.model: {error} Or use features.name=lsa.") from None
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = _cached_snapshot(model)
+    folder = find_model(model, instead=INSTEAD)
     if not (folder / MARKER).is_file():
         raise AssetError(
             f"features.model: {model!r} is no sentence-transformers folder (it has no {MARKER}). "
-            "Expected one as written by SentenceTransformer.save, or features.model=minilm."
+            "Expected one as written by SentenceTransformer.save, or features.model=minilm; "
+            "features.name=hf_encoder reads any Hugging Face text model."
         )
     return folder
-
-
-def _cached_snapshot(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, local_files_only=True))
-    except (OSError, ValueError):  # not cached, or not even a valid hub name
-        raise AssetError(
-            f"features.model: {model!r} is neither an asset ({', '.join(assets.ASSETS)}), nor a "
-            "folder, nor in the local Hugging Face cache. genrec does not download models: fetch "
-            f"it with `hf download {model}` first, or use features.name=lsa."
-        ) from None
-
-
-def _digest(folder: Path) -> str:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in WEIGHTS)
-    return fingerprint({p.relative_to(folder).as_posix(): file_checksum(p) for p in files})
 
 
 def _width(model: Any) -> int:

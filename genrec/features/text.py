@@ -17,11 +17,11 @@ from sklearn.utils.extmath import randomized_svd
 
 from genrec.config import StrictConfig
 from genrec.errors import DataError
-from genrec.features.base import FeatureExtractor, finished
+from genrec.features.base import ALONE, FeatureExtractor, Workplace, finished
 from genrec.runtime import get_logger
 
 if TYPE_CHECKING:
-    from genrec.data import Catalog
+    from genrec.data import Catalog, Interactions
 
 log = get_logger(__name__)
 TOKEN_PATTERN = r"(?u)\b\w+\b"  # scikit-learn's default drops words of one letter or digit
@@ -54,9 +54,15 @@ class LSA(FeatureExtractor):
         seed: int = Field(default=0, ge=0)
         """Seed of the randomized SVD."""
 
+    embeds_alone = False
     config: LSA.Config
 
-    def embed(self, catalog: Catalog) -> np.ndarray:
+    def embed(
+        self,
+        catalog: Catalog,
+        interactions: Interactions | None = None,
+        workplace: Workplace = ALONE,
+    ) -> np.ndarray:
         """Return vectors (N, E) float32; an item without a known term gets the zero vector.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What would simple counting recommend? The baselines that stand beside every result.
+"""What would counting, or a sequence model of item ids, recommend? Baselines beside every result.
 
 Fitted on training interactions only and scored on bare histories; they know nothing about splits,
 metrics or masking (`genrec.evaluation.evaluator` does that). Scores are comparable within one user.
@@ -22,12 +22,17 @@ from pydantic import Field
 from genrec.config import StrictConfig
 from genrec.data.interactions import TRAIN, Interactions
 from genrec.errors import UserError
+from genrec.features import sasrec
+from genrec.features.sasrec import SASRecConfig
 
 BASELINES = {
     "most_popular": "genrec.models.baselines:MostPopular",
     "item_knn": "genrec.models.baselines:ItemKNN",
     "markov": "genrec.models.baselines:Markov",
+    "sasrec": "genrec.models.baselines:SASRec",
 }
+COUNTING = ("most_popular", "item_knn", "markov")
+"""Baselines that take seconds; the others train."""
 
 TIE_BREAK = 1e-6
 # Similarities kept in memory: 50 million entries are 600 MB; beyond that rows are made per call.
@@ -35,7 +40,7 @@ _MAX_STORED = 50_000_000
 
 
 class Baseline(ABC):
-    """A recommender made of counts."""
+    """A recommender that needs no item vectors."""
 
     Config: type[StrictConfig]
 
@@ -44,7 +49,7 @@ class Baseline(ABC):
         self.num_items = 0
 
     def fit(self, interactions: Interactions) -> Self:
-        """Count.
+        """Count, or train.
 
         Args:
             interactions: `interactions.training()` of a data set.
@@ -178,6 +183,26 @@ class Markov(Baseline):
             last = np.array([histories[b][-1] for b in known], dtype=np.int64)
             scores_BN[known] += self._followed_NN[last].toarray()
         return scores_BN
+
+
+class SASRec(Baseline):
+    """A causal transformer over item ids with a softmax over the catalogue (Kang and McAuley 2018).
+
+    It stops by the last training interactions of the users, which it does not train on; minutes
+    where counting takes seconds.
+    """
+
+    class Config(SASRecConfig):
+        """Settings of SASRec as a baseline."""
+
+        name: Literal["sasrec"] = "sasrec"
+        """Name in the registry."""
+
+    def _count(self, interactions: Interactions) -> None:
+        self._model = sasrec.SASRec(self.config).fit(interactions)
+
+    def _scores(self, histories: Sequence[np.ndarray]) -> np.ndarray:
+        return self._model.scores(histories)
 
 
 def _tie_break(interactions: Interactions) -> np.ndarray:

@@ -1,0 +1,185 @@
+"""Fusion: several sources of vectors (text, image, collaborative, files) as one vector per item.
+
+Each part is an extractor with its own configuration. A zero row of a part means that this item
+lacks that modality. How parts are made is their own business; the arithmetic is in `fusing.py`.
+
+Shapes: N items, E_p width of part p, E width of the result.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from genrec.config import StrictConfig, parse_component
+from genrec.errors import DataError, UserError
+from genrec.features import FEATURES
+from genrec.features.base import ALONE, Block, FeatureExtractor, Workplace, finished
+from genrec.features.fusing import (
+    agreement_weights,
+    concatenate,
+    imputed,
+    principal_components,
+    scaled,
+    weighted_sum,
+)
+from genrec.runtime import get_logger
+
+if TYPE_CHECKING:
+    from genrec.data import Catalog, Interactions
+
+log = get_logger(__name__)
+
+
+class Fusion(FeatureExtractor):
+    """Vectors of several extractors, combined.
+
+    Args:
+        config: see `Fusion.Config`.
+    """
+
+    class Config(StrictConfig):
+        """Settings of the fusion."""
+
+        name: Literal["fusion"] = "fusion"
+        """Name in the registry."""
+        parts: tuple[str | dict[str, Any], ...] = Field(min_length=1)
+        """Extractors, each a name or a section with `name` and its settings."""
+        combine: Literal["concatenate", "pca", "weighted_sum"] = "concatenate"
+        """concatenate: one after the other. pca: principal components of that. weighted_sum: each
+        part's principal components, rotated onto the first part's (Procrustes), averaged."""
+        scaling: Literal["center", "standardize", "none"] = "center"
+        """Before combining, per part and over the items that have it: subtract the mean (center),
+        also divide by the standard deviation of each dimension (standardize), and scale rows to
+        length 1; or leave the vectors as they are (none)."""
+        weights: Literal["cooccurrence", "equal"] | tuple[float, ...] = "cooccurrence"
+        """Share of each part in squared distances. cooccurrence: by how much more often a part's
+        nearest neighbours occur together in training than chance, so that a part of noise gets
+        nothing; equal weights would let it in."""
+        missing: Literal["neighbours", "zero"] = "neighbours"
+        """concatenate, pca: what an item has in place of a part that it lacks: the mean over its
+        nearest neighbours in the parts that it has, or zeros with its other parts scaled up (such
+        items then keep to themselves)."""
+        width: int = Field(default=128, ge=1)
+        """pca, weighted_sum: width E of the result; at most what the parts support."""
+        normalize: bool = True
+        """Scale the result to length 1; an item that lacks every part stays zero."""
+        seed: int = Field(default=0, ge=0)
+        """Seed of randomized decompositions and of the items sampled for the weights."""
+
+        @field_validator("parts")
+        @classmethod
+        def _known(cls, parts: tuple[str | dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+            checked = [
+                parse_component(FEATURES, part, path=f"parts.{number}")[1].to_dict()
+                for number, part in enumerate(parts)
+            ]
+            return tuple(checked)
+
+        @field_validator("weights")
+        @classmethod
+        def _shares(cls, weights: Any) -> Any:
+            if not isinstance(weights, str) and (min(weights, default=0) < 0 or not sum(weights)):
+                raise ValueError("expected numbers >= 0, at least one of them above 0")
+            return weights
+
+    config: Fusion.Config
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        found = [parse_component(FEATURES, part, path="parts") for part in config.parts]
+        self.parts: list[FeatureExtractor] = [cls(part) for cls, part in found]
+        self.needs_interactions = config.weights == "cooccurrence" or any(
+            part.needs_interactions for part in self.parts
+        )
+        self.shares_work = any(part.shares_work for part in self.parts)
+        self.embeds_alone = (
+            (config.combine, config.scaling, config.missing) == ("concatenate", "none", "zero")
+            and config.weights != "cooccurrence"
+            and all(part.embeds_alone for part in self.parts)
+        )
+        if isinstance(config.weights, tuple) and len(config.weights) != len(self.parts):
+            raise UserError(
+                f"features.weights: got {len(config.weights)} numbers for {len(self.parts)} parts. "
+                "Expected one per part, or 'equal' or 'cooccurrence'."
+            )
+
+    def resolve(self) -> Fusion.Config:
+        """Return the configuration with every part resolved; raises what the parts raise."""
+        parts = tuple(part.resolve().to_dict() for part in self.parts)
+        return self.config.model_copy(update={"parts": parts})
+
+    def reads(self, catalog: Catalog) -> dict[str, str]:
+        """Return what the parts read beside the catalogue."""
+        return {
+            f"{number}: {what}": digest
+            for number, part in enumerate(self.parts)
+            for what, digest in part.reads(catalog).items()
+        }
+
+    def embed(
+        self,
+        catalog: Catalog,
+        interactions: Interactions | None = None,
+        workplace: Workplace = ALONE,
+    ) -> np.ndarray:
+        """Return vectors (N, E) float32; an item that lacks every part gets the zero vector.
+
+        Raises:
+            UserError: no interactions although a part or the weights need them.
+            DataError: a part has no vector at all.
+        """
+        if self.needs_interactions and interactions is None:
+            raise UserError(
+                "features.fusion: a part or weights=cooccurrence needs the training interactions. "
+                "Pass embed(catalog, interactions.training())."
+            )
+        config = self.config
+        names = [part.config.name for part in self.parts]
+        vectors = [part.embed(catalog, interactions, workplace) for part in self.parts]
+        for name, part in zip(names, vectors, strict=True):
+            if not part.any():
+                raise DataError(
+                    f"features.fusion: part {name!r} has no vector for any of the {len(catalog)} "
+                    "items. Leave this part out, or check its settings."
+                )
+        ready = [scaled(part, config.scaling) for part in vectors]
+        weights = self._weights(ready, interactions)
+        log.info(
+            "fusion: %s.",
+            ", ".join(
+                f"{name} ({part.shape[1]} wide, {part.any(axis=1).mean():.0%} of items, "
+                f"weight {weight:.2f})"
+                for name, part, weight in zip(names, ready, weights, strict=True)
+            ),
+        )
+        return finished(
+            self._combined(names, ready, weights), catalog.item_ids, normalize=config.normalize
+        )
+
+    def _weights(self, parts: list[np.ndarray], interactions: Interactions | None) -> np.ndarray:
+        chosen = self.config.weights
+        if chosen == "cooccurrence":
+            assert interactions is not None
+            return agreement_weights(parts, interactions, seed=self.config.seed)
+        shares = np.ones(len(parts)) if chosen == "equal" else np.asarray(chosen, dtype=np.float64)
+        return shares / shares.sum()
+
+    def _combined(
+        self, names: list[str], parts: list[np.ndarray], weights: np.ndarray
+    ) -> np.ndarray:
+        config = self.config
+        if config.combine == "weighted_sum":
+            return weighted_sum(parts, weights, config.width, seed=config.seed)
+        filled = imputed(parts, weights) if config.missing == "neighbours" else parts
+        joined = concatenate(filled, weights)
+        if config.combine == "pca":
+            return principal_components(joined, config.width, seed=config.seed)
+        ends = np.cumsum([part.shape[1] for part in parts])
+        self.blocks = tuple(
+            Block(name, int(end) - part.shape[1], int(end))
+            for name, part, end in zip(names, parts, ends, strict=True)
+        )
+        return joined

@@ -1,0 +1,232 @@
+"""Does SASRec look back only, are its losses the formulas, does it learn what can be learned?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genrec.config import parse
+from genrec.data import Interactions
+from genrec.data.interactions import Examples
+from genrec.data.synthetic import planted, planted_transitions, ring
+from genrec.errors import ConfigError, TrainingError, UserError
+from genrec.evaluation.evaluator import evaluate_scores
+from genrec.features.sasrec import SASRec, SASRecConfig
+from genrec.features.sasrec_network import (
+    Network,
+    binary_cross_entropy,
+    dropout,
+    sampled_softmax,
+)
+from genrec.features.sasrec_training import Sequences, batches, validate, windows
+
+SMALL = SASRecConfig(d_model=16, num_layers=1, max_history=8, learning_rate=5e-3, epochs=20)
+BOTH_NORMS = pytest.mark.parametrize("pre_norm", [True, False])
+
+
+def network(num_items: int = 20, **changes) -> Network:
+    torch.manual_seed(0)
+    return Network(num_items, SMALL.model_copy(update=changes)).eval()
+
+
+# -- network ----------------------------------------------------------------------------------
+
+
+@BOTH_NORMS
+def test_the_future_and_the_padding_change_nothing(pre_norm):
+    net = network(num_layers=2, pre_norm=pre_norm)
+    items = torch.randint(20, (3, 8))
+    with torch.no_grad():
+        whole = net(items)
+        changed = items.clone()
+        changed[:, 5:] = torch.randint(20, (3, 3))
+        assert torch.equal(net(changed)[:, :5], whole[:, :5])
+        assert torch.allclose(net(items[:, :5]), whole[:, :5], atol=1e-6)
+        past = items.clone()
+        past[:, 0] = (past[:, 0] + 1) % 20
+        assert not torch.allclose(net(past)[:, 7], whole[:, 7], atol=1e-4)
+
+
+def test_losses_are_their_formulas():
+    generator = torch.Generator().manual_seed(0)
+    hidden, items = (torch.randn(n, 4, generator=generator) for n in (5, 9))
+    targets = torch.tensor([0, 3, 3, 8, 1])
+    logits = hidden @ items.T
+    full = torch.nn.functional.cross_entropy(logits, targets)
+    everything = torch.randperm(9, generator=generator)
+    assert torch.allclose(sampled_softmax(hidden, items, targets, everything), full, atol=1e-6)
+
+    drawn = torch.tensor([3, 5, 7])
+    by_hand = []
+    for row, target in zip(logits, targets, strict=True):
+        others = [row[i] for i in drawn.tolist() if i != target]
+        rest = sum(torch.exp(x) for x in others) * 8 / len(others)
+        by_hand.append(-torch.log(torch.exp(row[target]) / (torch.exp(row[target]) + rest)))
+    found = sampled_softmax(hidden, items, targets, drawn)
+    assert torch.allclose(found, torch.stack(by_hand).mean(), atol=1e-6)
+
+    negatives = torch.tensor([[1, 2], [0, 1], [4, 5], [0, 7], [2, 6]])
+    sigmoid = torch.sigmoid(logits)
+    rows = torch.arange(5)
+    expected = -torch.log(sigmoid[rows, targets])
+    expected = expected - torch.log(1 - sigmoid[rows[:, None], negatives]).mean(1)
+    found = binary_cross_entropy(hidden, items, targets, negatives)
+    assert torch.allclose(found, expected.mean(), atol=1e-6)
+
+
+def test_places_without_a_target_do_not_count():
+    net, generator = network(), torch.Generator()
+    items, targets = torch.randint(20, (2, 6)), torch.randint(20, (2, 6))
+    targets[1, 3:] = -1
+    whole = net.loss(items, targets, generator)
+    items[1, 3:] = 0
+    assert torch.allclose(net.loss(items, targets, generator), whole)
+    parts = [net.loss(items[:1], targets[:1], generator)] * 6
+    parts += [net.loss(items[1:, :3], targets[1:, :3], generator)] * 3
+    assert torch.allclose(torch.stack(parts).mean(), whole, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_drops_the_share_and_rests_at_inference():
+    torch.manual_seed(0)
+    ones = torch.ones(1001, 100)  # 100,100 entries: no multiple of four per row
+    kept = dropout(ones, 0.3, True)
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert (kept == 0).float().mean() == pytest.approx(0.3, abs=0.01)
+    assert (kept == 0).float().mean(0).std() < 0.03  # no pattern along rows
+    assert torch.equal(dropout(ones, 0.3, False), ones)
+
+
+# -- batches ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(2, 30), min_size=1, max_size=20),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(0, 3),
+)
+def test_every_target_is_in_exactly_one_window_and_batch(lengths, longest, most, seed):
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    sequences = Sequences(np.arange(offsets[-1]), offsets)
+    rng = np.random.default_rng(seed)
+    starts, inputs = windows(sequences, longest, rng)
+    assert inputs.min() >= 1 and inputs.max() <= longest
+    targets = np.concatenate([np.arange(s, s + n) + 1 for s, n in zip(starts, inputs, strict=True)])
+    firsts = set(offsets[:-1].tolist())
+    assert sorted(targets) == [i for i in range(offsets[-1]) if i not in firsts]
+    assert len(targets) == sequences.num_targets
+    found = list(batches(inputs, most, rng))
+    assert sorted(np.concatenate(found).tolist()) == list(range(len(inputs)))
+    assert all(len(part) * inputs[part].max() <= most or len(part) == 1 for part in found)
+
+
+# -- learning ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "bce"])
+def test_every_loss_learns_the_ring(loss):
+    data = ring(num_items=12, num_users=96, length=8).interactions
+    more = {"bce": {"num_negatives": 4}, "sampled_softmax": {"num_negatives": 6}}.get(loss, {})
+    config = SMALL.model_copy(update={"loss": loss, "dropout": 0.1, "batch_targets": 64, **more})
+    model = SASRec(config).fit(data.training(), data.examples("valid"))
+    found = evaluate_scores(model.scores, data.examples("test"), ks=(1, 10), mask_seen=False)
+    assert found["recall@1"].mean() == 1.0
+    assert model.history[-1]["ndcg@10"] == 1.0
+
+
+@BOTH_NORMS
+def test_on_planted_data_it_comes_near_the_best_possible(pre_norm):
+    data = planted(num_items=64, num_users=600, branching=3, seed=1)
+    law = planted_transitions(data.catalog)
+    examples = data.interactions.examples("test")
+    last = np.array([examples.history(i)[-1] for i in range(len(examples))])
+    best = np.sort(law, axis=1)[:, -10:].sum(1)[last].mean()
+    config = SMALL.model_copy(update={"pre_norm": pre_norm, "max_history": 12})
+    model = SASRec(config).fit(data.interactions.training())
+    found = evaluate_scores(model.scores, examples, ks=(10,), mask_seen=False)
+    assert found["recall@10"].mean() > 0.8 * best
+    leaves = model.item_vectors()
+    assert leaves.shape == (64, 16) and leaves.dtype == np.float32
+
+
+def test_the_seed_fixes_everything_and_leaves_torch_alone():
+    data = ring(num_items=12, num_users=24, length=6).interactions.training()
+    config = SMALL.model_copy(update={"epochs": 2})
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first = SASRec(config).fit(data)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    second = SASRec(config).fit(data)
+    assert np.array_equal(first.item_vectors(), second.item_vectors())
+    assert first.history == second.history
+    other = SASRec(config.model_copy(update={"seed": 1})).fit(data)
+    assert not np.array_equal(first.item_vectors(), other.item_vectors())
+
+
+def test_the_best_epoch_is_kept_and_training_stops():
+    data = planted(num_items=64, num_users=100, branching=3).interactions
+    config = SMALL.model_copy(update={"patience": 2, "epochs": 60, "learning_rate": 2e-2})
+    valid = data.examples("valid")
+    model = SASRec(config).fit(data.training(), valid)
+    best = max(model.history, key=lambda line: line["ndcg@10"])
+    assert len(model.history) == best["epoch"] + 2 < 60
+    found = evaluate_scores(model.scores, valid, ks=(10,), mask_seen=False)
+    assert found["ndcg@10"].mean() == pytest.approx(best["ndcg@10"], abs=1e-3)
+    assert found["recall@10"].mean() == pytest.approx(best["recall@10"], abs=1e-3)
+
+
+def test_scores_of_a_batch_are_those_of_its_histories_alone():
+    data = planted(num_items=64, num_users=50, branching=3).interactions.training()
+    model = SASRec(SMALL.model_copy(update={"epochs": 1})).fit(data)
+    histories = [np.array([3]), np.array([], dtype=np.int64), np.arange(20), np.array([1, 2])]
+    together = model.scores(histories)
+    assert together.shape == (4, 64) and together.dtype == np.float64
+    alone = np.concatenate([model.scores([history]) for history in histories])
+    assert np.allclose(together, alone, atol=1e-5)
+    assert np.allclose(together[2], model.scores([np.arange(12, 20)])[0], atol=1e-5)
+    popular = np.argsort(data.counts(), kind="stable")
+    assert np.array_equal(np.argsort(together[1], kind="stable"), popular)
+    assert model.scores([]).shape == (0, 64)
+
+
+def test_validation_is_ndcg_over_the_whole_catalogue():
+    net = network()
+    histories = [np.arange(n) for n in (1, 5, 3, 8)]
+    targets = np.array([4, 9, 0, 19])
+
+    def scores(part: list[np.ndarray]) -> np.ndarray:
+        with torch.no_grad():
+            rows = [net(torch.from_numpy(h)[None])[0, -1] @ net.items.weight.T for h in part]
+        return torch.stack(rows).numpy()
+
+    examples = Examples.of(np.arange(4), targets, histories)
+    expected = evaluate_scores(scores, examples, ks=(10,), mask_seen=False)
+    found = validate(net, histories, targets)
+    for name in ("ndcg@10", "recall@10"):
+        assert found[name] == pytest.approx(expected[name].mean(), abs=1e-6)
+
+
+# -- refusals ---------------------------------------------------------------------------------
+
+
+def test_unusable_settings_and_data_are_clear_errors():
+    with pytest.raises(ConfigError, match=r"d_model=10 is no multiple of num_heads=4"):
+        parse(SASRecConfig, {"d_model": 10, "num_heads": 4}, path="sasrec")
+    with pytest.raises(UserError, match="not fitted"):
+        SASRec().scores([np.array([0])])
+    lone = Interactions(
+        np.arange(3, dtype=np.int32), np.arange(4), np.zeros(3), np.zeros(3, np.uint8), 3
+    )
+    with pytest.raises(TrainingError, match="no user has two training interactions"):
+        SASRec().fit(lone)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_remedy():
+    data = ring(num_items=12, num_users=24, length=6).interactions.training()
+    config = SMALL.model_copy(update={"learning_rate": float("inf")})
+    with pytest.raises(TrainingError, match=r"Lower sasrec\.learning_rate"):
+        SASRec(config).fit(data)
