@@ -57,8 +57,10 @@ class TestRQVAEWithOptions(TokenizerContract):
 
 
 def test_every_registered_tokenizer_is_under_contract():
-    covered = {cls.config["name"] for cls in TokenizerContract.__subclasses__()}
-    assert covered >= set(TOKENIZERS)
+    """Its class may stand in any file of tests."""
+    texts = [path.read_text() for path in Path(__file__).parent.glob("test_tokenizers*.py")]
+    contracts = "\n".join(text for text in texts if "(TokenizerContract)" in text)
+    assert [name for name in TOKENIZERS if f'"name": "{name}"' not in contracts] == []
 
 
 @pytest.mark.parametrize("name", sorted(TOKENIZERS))

@@ -44,12 +44,21 @@ def test_the_example_of_the_walk_through_keeps_the_contract(monkeypatch):
         getattr(contract, name)()
 
 
-@pytest.mark.parametrize("table", [TOKENIZERS, COLLISIONS, FEATURES])
-def test_the_page_has_a_row_for_everything_that_exists(table):
-    text = (DOCS / "tokenizers.md").read_text()
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [("tokenizers", TOKENIZERS), ("tokenizers", COLLISIONS), ("features", FEATURES)],
+)
+def test_the_page_has_a_row_for_everything_that_exists(page, table):
+    text = (DOCS / f"{page}.md").read_text()
     for name in table:
         assert re.search(rf"^\| `{name}` \|", text, flags=re.MULTILINE), name
+
+
+def test_every_tokenizer_has_a_section_and_a_file():
+    text = (DOCS / "tokenizers.md").read_text()
     assert all(f"\n## `{name}`" in text for name in TOKENIZERS)
+    files = {path.stem for path in (DOCS.parent / "configs" / "tokenizer").glob("*.yaml")}
+    assert files == set(TOKENIZERS)
 
 
 def test_the_example_of_the_page_runs():

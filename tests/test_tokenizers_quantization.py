@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from genrec.tokenizers.quantization import (
     balanced_code,
     code_distances,
+    info_nce,
     nearest_code,
     quantization_loss,
     residual_quantize,
@@ -163,3 +166,91 @@ def test_balanced_codes_spread_a_skewed_batch():
 def test_distances_are_squared_euclidean():
     a, b = torch.randn(7, 4), torch.randn(5, 4)
     assert torch.allclose(code_distances(a, b), torch.cdist(a, b).square(), atol=1e-4)
+
+
+def test_sinkhorn_equals_plain_normalisation_in_the_log_domain():
+    generator = torch.Generator().manual_seed(3)
+    skew = 5 * torch.rand(24, generator=generator)
+    for epsilon, iterations in [(0.003, 50), (0.0005, 130), (0.05, 1), (0.05, 12)]:
+        distances = torch.rand(70, 24, generator=generator) ** 3 + skew
+        plan = sinkhorn(distances, epsilon=epsilon, num_iterations=iterations, tolerance=0.0)
+        d = distances.double()
+        centre, half_range = (d.min() + d.max()) / 2, (d.max() - d.min()) / 2
+        log_q = -(d - centre) / half_range / epsilon
+        for _ in range(iterations):
+            log_q = log_q - log_q.logsumexp(dim=0, keepdim=True)
+            log_q = log_q - log_q.logsumexp(dim=1, keepdim=True)
+        assert torch.allclose(plan, log_q.exp() / 70, atol=1e-12)
+
+
+@pytest.mark.parametrize("residual_grad", ["detached_code", "ste"])
+@pytest.mark.parametrize("distance", ["l2", "cosine"])
+def test_levels_at_once_equal_levels_one_by_one(parts, residual_grad, distance):
+    latents, codebooks = parts
+    quantized = residual_quantize(
+        latents, codebooks, residual_grad=residual_grad, distance=distance
+    )
+    residual = latents
+    for level, book in enumerate(codebooks):
+        assert torch.allclose(quantized.residuals_LBD[level], residual.detach(), atol=1e-6)
+        distances = code_distances(residual, book, distance=distance)
+        codes = distances.argmin(dim=1)
+        assert torch.equal(quantized.codes_BL[:, level], codes)
+        assert torch.equal(nearest_code(residual, book, distance=distance), codes)
+        vectors = book[codes]
+        codebook_loss = (residual.detach() - vectors).square().sum(1).mean()
+        commitment = (residual - vectors.detach()).square().sum(1).mean()
+        for found, expected in [
+            (quantized.codebook_L[level], codebook_loss),
+            (quantized.commitment_L[level], commitment),
+        ]:
+            assert torch.allclose(found, expected, atol=1e-5)
+            for of in (latents, codebooks):
+                assert torch.allclose(gradient(found, of), gradient(expected, of), atol=1e-6)
+        value = vectors.detach()
+        if residual_grad == "ste":
+            value = straight_through(residual, vectors)
+        residual = residual - value
+
+
+def test_cosine_equals_l2_on_vectors_of_length_one(parts):
+    latents, codebooks = (torch.nn.functional.normalize(t.detach(), dim=-1) for t in parts)
+    for book in codebooks:
+        one, other = (code_distances(latents, book, distance=d) for d in ("l2", "cosine"))
+        assert torch.allclose(one, other, atol=1e-6)
+        codes = [nearest_code(latents, book, distance=d) for d in ("l2", "cosine")]
+        assert torch.equal(*codes)
+    scaled = code_distances(3 * latents, 0.1 * codebooks[0], distance="cosine")
+    assert torch.allclose(scaled, code_distances(latents, codebooks[0]), atol=1e-6)
+
+
+def test_cosine_of_a_zero_vector_takes_the_first_code():
+    book = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    zero = torch.zeros(1, 2)
+    assert torch.equal(code_distances(zero, book, distance="cosine"), torch.full((1, 3), 2.0))
+    assert nearest_code(zero, book, distance="cosine").tolist() == [0]
+
+
+def test_info_nce_equals_a_computation_by_hand():
+    vectors = torch.tensor([[2.0, 0.0], [0.0, 0.5], [1.0, 1.0]])
+    targets = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]])
+    # cosines: [1, .6, 0], [0, .8, 1], [.7071, .9899, .7071]; temperature 0.5
+    cosines = [[1.0, 0.6, 0.0], [0.0, 0.8, 1.0], [0.5**0.5, 7 / 50**0.5, 0.5**0.5]]
+    by_hand = 0.0
+    for i, row in enumerate(cosines):
+        powers = [math.exp(value / 0.5) for value in row]
+        by_hand -= math.log(powers[i] / sum(powers)) / 3
+    found = info_nce(vectors, targets, temperature=0.5, cosine=True)
+    assert found.item() == pytest.approx(by_hand, abs=1e-6)
+    # dot products: [2, 6, 0], [0, 2, 1], [1, 7, 2]
+    dots = [[2.0, 6.0, 0.0], [0.0, 2.0, 1.0], [1.0, 7.0, 2.0]]
+    by_hand = sum(math.log(sum(map(math.exp, row))) - row[i] for i, row in enumerate(dots)) / 3
+    assert info_nce(vectors, targets).item() == pytest.approx(by_hand, abs=1e-6)
+    assert info_nce(vectors[:1], targets[:1]).item() == 0.0
+
+
+def test_the_codebook_loss_is_left_out_for_moving_averages(parts):
+    quantized = residual_quantize(*parts)
+    found = quantization_loss(quantized, commitment=0.25, train_codebooks=False)
+    assert torch.allclose(found, 0.25 * quantized.commitment_L.sum())
+    assert gradient(found, parts[1]).norm() == 0

@@ -21,7 +21,7 @@ from genrec.artifacts import load_artifact, save_artifact
 from genrec.config import StrictConfig, parse_component
 from genrec.errors import DataError, UserError
 from genrec.runtime import lookup
-from genrec.tokenizers import COLLISIONS, TOKENIZERS
+from genrec.tokenizers import COLLISIONS, SHARED_COLLISIONS, TOKENIZERS
 
 if TYPE_CHECKING:
     from genrec.data import Catalog, Interactions
@@ -106,20 +106,40 @@ class ItemTokenizer(ABC):
         """Name in the registry."""
         return self.config.name
 
-    def collision_policy(self, name: str, catalog: Catalog | None = None) -> CollisionPolicy:
+    def collision_policy(
+        self, name: str, catalog: Catalog | None = None, *, reserve: int = 0
+    ) -> CollisionPolicy:
         """Return the collision policy registered under `name`.
 
         Args:
             name: a key of `COLLISIONS`.
             catalog: the items that will be made unique; a policy that weighs distances asks this
                 tokenizer for those of the colliding items.
+            reserve: numbers to keep free for items that are added later, where the policy numbers
+                items.
+
+        Raises:
+            UserError: the policy does not suit this tokenizer, or has nothing to reserve.
         """
         policy = lookup(COLLISIONS, name, what="collisions")
-        if catalog is None or "distances" not in inspect.signature(policy).parameters:
-            return policy
-        return partial(
-            policy, distances=lambda rows: self.last_level_distances(catalog.select(rows))
-        )
+        if self.shared_vocabulary and name not in SHARED_COLLISIONS:
+            raise UserError(
+                f"collisions: got {name!r}, which weighs distances to the codes of a last level; "
+                f"all levels of {self.name} draw from one vocabulary. Expected one of "
+                f"{', '.join(SHARED_COLLISIONS)}."
+            )
+        if self.shared_vocabulary:
+            policy = lookup(SHARED_COLLISIONS, name, what="collisions")
+        asked = inspect.signature(policy).parameters
+        if reserve and "reserve" not in asked:
+            raise UserError(
+                f"collisions: got reserve={reserve}, but {name!r} numbers no items. Use "
+                "collisions='extra_level', or leave the reserve out."
+            )
+        settings: dict[str, Any] = {"reserve": reserve} if reserve else {}
+        if catalog is not None and "distances" in asked:
+            settings["distances"] = lambda rows: self.last_level_distances(catalog.select(rows))
+        return partial(policy, **settings) if settings else policy
 
     def save(self, path: str | Path, upstream: Mapping[str, str] | None = None) -> None:
         """Write the fitted tokenizer as an artifact folder.

@@ -1,8 +1,9 @@
 """Diagnostics: what codes are like, before and after collisions were resolved, as plain numbers.
 
-It judges nothing and plots nothing; `genrec inspect` and the report show these figures.
+It judges nothing and plots nothing; `genrec inspect tokens` and the reports show these figures. How
+codes agree with vectors and interactions is counted in `agreement.py`.
 
-Shapes: N items, L levels of the tokenizer, L' levels of the index, Q queried items, E width.
+Shapes: N items, L levels of the tokenizer, L' levels of the index, E width.
 """
 
 from __future__ import annotations
@@ -12,55 +13,160 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genrec.tokenizers.base import FloatArray, IntArray, ItemTokenizer, checked_vectors
+from genrec.item_index import END
+from genrec.tokenizers.agreement import (
+    cooccurrence_figures,
+    neighbour_figures,
+    reconstruction_figures,
+    total_variance,
+)
+from genrec.tokenizers.base import FloatArray, IntArray, ItemTokenizer
 
 if TYPE_CHECKING:
-    from genrec.data import Catalog
+    from genrec.data import Catalog, Interactions
     from genrec.item_index import ItemIndex
 
-NUM_QUERIES = 1000
-NUM_NEIGHBOURS = 10
+Report = dict[str, Any]
 
 
-def diagnose(tokenizer: ItemTokenizer, index: ItemIndex, catalog: Catalog) -> dict[str, Any]:
+def diagnose(
+    tokenizer: ItemTokenizer,
+    index: ItemIndex,
+    catalog: Catalog,
+    interactions: Interactions | None = None,
+    *,
+    codes_NL: IntArray | None = None,
+) -> Report:
     """Return the figures of a tokenizer and of the index built with it, as JSON types.
 
     Args:
         tokenizer: fitted.
         index: holds all items of the catalogue.
-        catalog: with vectors.
+        catalog: what the tokenizer encodes (with vectors where it needs them).
+        interactions: training interactions in the catalogue's row order; optional.
+        codes_NL: the tokenizer's codes, where they are known already.
 
     Returns:
-        `num_items`; `collisions` of the tokenizer's own codes (`rate`, `num_distinct`,
-        `largest_group`, `num_items_colliding`); `levels` (the tokenizer's) and `index` (the
-        index's `num_levels`, `codebook_sizes`, `num_distinct`, `num_items_moved`, `levels`,
-        `prefixes`); and for tokenizers that decode `reconstruction` and `neighbours`.
+        what `code_figures` does; for tokenizers that decode, `reconstruction` and `neighbours` of
+        the tokenizer's own codes and of the index's (`index.reconstruction`, ...), and
+        `index.moved_distance`.
     """
-    codes_NL = tokenizer.encode(catalog)
-    final_NL = index.codes_of(catalog.item_ids)
-    shared = min(codes_NL.shape[1], final_NL.shape[1])
-    moved = (codes_NL[:, :shared] != final_NL[:, :shared]).any(axis=1)
-    report: dict[str, Any] = {
-        "num_items": len(catalog),
-        "collisions": collision_figures(codes_NL),
-        "levels": level_figures(codes_NL, tokenizer.codebook_sizes),
-        "index": {
-            "num_levels": index.num_levels,
-            "codebook_sizes": list(index.codebook_sizes),
-            "num_distinct": len(np.unique(final_NL, axis=0)),
-            "num_items_moved": int(moved.sum()),
-            "levels": level_figures(final_NL, index.codebook_sizes),
-            "prefixes": prefix_figures(final_NL),
-        },
-    }
-    if tokenizer.decodes:
-        inputs_NE, decoded_NE = tokenizer.inputs(catalog), tokenizer.decode(codes_NL)
-        report["reconstruction"] = reconstruction_figures(inputs_NE, decoded_NE)
-        report["neighbours"] = neighbour_figures(checked_vectors(catalog), decoded_NE)
+    if codes_NL is None:
+        codes_NL = tokenizer.encode(catalog)
+    report = code_figures(
+        codes_NL, tokenizer.codebook_sizes, index, catalog.item_ids, interactions=interactions
+    )
+    report["tokenizer"] = tokenizer.name
+    if tokenizer.decodes and len(catalog):
+        before, after = _vector_figures(
+            tokenizer, catalog, codes_NL, index.codes_of(catalog.item_ids)
+        )
+        report |= before
+        report["index"] |= after
     return report
 
 
-def collision_figures(codes_NL: IntArray) -> dict[str, Any]:
+def code_figures(
+    codes_NL: IntArray,
+    codebook_sizes: Sequence[int],
+    index: ItemIndex,
+    item_ids: Sequence[str],
+    *,
+    interactions: Interactions | None = None,
+) -> Report:
+    """Return the figures that codes alone give, before and after the collision policy.
+
+    Args:
+        codes_NL: the tokenizer's own codes.
+        codebook_sizes: of its L levels.
+        index: holds these items.
+        item_ids: N ids, the rows of `codes_NL`.
+        interactions: training interactions in the same row order; optional.
+
+    Returns:
+        `num_items`; of the tokenizer's codes `collisions` (`rate`, `num_distinct`,
+        `largest_group`, `num_items_colliding`), `levels`, `prefixes` and (with interactions)
+        `cooccurrence`; `index` with the same of the index's codes and `num_levels`,
+        `codebook_sizes`, `shared_vocabulary`, `num_distinct`, `num_items_moved` (codes of the
+        tokenizer's levels changed) and `num_items_numbered` (told apart by an added number only).
+    """
+    final_NL = index.codes_of(item_ids)
+    shared = index.shared_vocabulary
+    after: Report = {
+        "num_levels": index.num_levels,
+        "codebook_sizes": list(index.codebook_sizes),
+        "shared_vocabulary": shared,
+        "num_distinct": len(np.unique(final_NL, axis=0)),
+        **_moves(codes_NL, final_NL, codebook_sizes, shared_vocabulary=shared),
+    }
+    before: Report = {"num_items": len(item_ids)}
+    sides = ((before, codes_NL, codebook_sizes), (after, final_NL, index.codebook_sizes))
+    for side, codes, sizes in sides:
+        side["collisions"] = collision_figures(codes)
+        side["levels"] = level_figures(codes, sizes, shared_vocabulary=shared)
+        side["prefixes"] = prefix_figures(codes)
+        if interactions is not None:
+            side["cooccurrence"] = cooccurrence_figures(
+                codes, interactions, shared_vocabulary=shared
+            )
+    return {**before, "index": after}
+
+
+def _moves(
+    codes_NL: IntArray,
+    final_NL: IntArray,
+    codebook_sizes: Sequence[int],
+    *,
+    shared_vocabulary: bool,
+) -> Report:
+    num_levels = codes_NL.shape[1]
+    changed = (codes_NL != final_NL[:, :num_levels]).any(axis=1)
+    if shared_vocabulary:  # a number is a code beyond the tokenizer's vocabulary
+        numbered = (final_NL >= max(codebook_sizes, default=1)).any(axis=1)
+        changed &= ~numbered
+    else:
+        numbered = (final_NL[:, num_levels:] > 0).any(axis=1)
+    return {"num_items_moved": int(changed.sum()), "num_items_numbered": int(numbered.sum())}
+
+
+def _vector_figures(
+    tokenizer: ItemTokenizer, catalog: Catalog, codes_NL: IntArray, final_NL: IntArray
+) -> tuple[Report, Report]:
+    """Return reconstruction and neighbours before and after, and how far codes were moved."""
+    inputs_NE, decoded_NE = tokenizer.inputs(catalog), tokenizer.decode(codes_NL)
+    compared_NE = catalog.vectors if catalog.vectors is not None else inputs_NE
+    before: Report = {
+        "reconstruction": reconstruction_figures(inputs_NE, decoded_NE),
+        "neighbours": neighbour_figures(compared_NE, decoded_NE),
+    }
+    kept_NL = final_NL[:, : codes_NL.shape[1]]
+    moved = (kept_NL != codes_NL).any(axis=1)
+    if not moved.any():
+        return before, {**before, "moved_distance": None}
+    moved_NE = decoded_NE.copy()
+    moved_NE[moved] = tokenizer.decode(kept_NL[moved])
+    after: Report = {
+        "reconstruction": reconstruction_figures(inputs_NE, moved_NE),
+        "neighbours": neighbour_figures(compared_NE, moved_NE),
+        "moved_distance": _distance_figures(
+            decoded_NE[moved], moved_NE[moved], np.sqrt(total_variance(inputs_NE))
+        ),
+    }
+    return before, after
+
+
+def _distance_figures(from_ME: FloatArray, to_ME: FloatArray, scale: float) -> Report:
+    """Return how far apart vectors are, also relative to the items' distance from their mean."""
+    distances = np.linalg.norm((from_ME - to_ME).astype(np.float64), axis=1)
+    mean = float(distances.mean())
+    return {
+        "mean": mean,
+        "max": float(distances.max()),
+        "relative_mean": mean / scale if scale > 0 else 0.0,
+    }
+
+
+def collision_figures(codes_NL: IntArray) -> Report:
     """Return how many items share their codes with others; `rate` = (N - distinct) / N."""
     _, counts = np.unique(codes_NL, axis=0, return_counts=True)
     num_items = len(codes_NL)
@@ -72,21 +178,31 @@ def collision_figures(codes_NL: IntArray) -> dict[str, Any]:
     }
 
 
-def level_figures(codes_NL: IntArray, codebook_sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Return per level: codes used, utilisation (used / K), entropy (nats), perplexity."""
-    return [
-        _one_level(level + 1, np.bincount(codes_NL[:, level], minlength=size))
-        for level, size in enumerate(codebook_sizes)
-    ]
+def level_figures(
+    codes_NL: IntArray, codebook_sizes: Sequence[int], *, shared_vocabulary: bool = False
+) -> list[Report]:
+    """Return per level: codes used, utilisation (used / K), entropy (nats), perplexity.
+
+    With a shared vocabulary the end of a semantic ID is no code: items that have ended before a
+    level do not count in it (`num_items` says how many are left).
+    """
+    figures = []
+    for level, size in enumerate(codebook_sizes):
+        counts_K = np.bincount(codes_NL[:, level], minlength=size)
+        if shared_vocabulary:
+            counts_K[END] = 0
+        figures.append(_one_level(level + 1, counts_K))
+    return figures
 
 
-def _one_level(level: int, counts_K: IntArray) -> dict[str, Any]:
+def _one_level(level: int, counts_K: IntArray) -> Report:
     shares = counts_K[counts_K > 0] / max(1, counts_K.sum())
     entropy = float(-(shares * np.log(shares)).sum()) + 0.0  # + 0.0: no -0.0
     used = int((counts_K > 0).sum())
     return {
         "level": level,
         "codebook_size": len(counts_K),
+        "num_items": int(counts_K.sum()),
         "used": used,
         "utilisation": used / len(counts_K),
         "entropy": entropy,
@@ -95,7 +211,7 @@ def _one_level(level: int, counts_K: IntArray) -> dict[str, Any]:
     }
 
 
-def prefix_figures(codes_NL: IntArray) -> list[dict[str, Any]]:
+def prefix_figures(codes_NL: IntArray) -> list[Report]:
     """Return per prefix length: distinct prefixes, mean and largest group, share that is shared."""
     figures = []
     for length in range(1, codes_NL.shape[1] + 1):
@@ -110,50 +226,3 @@ def prefix_figures(codes_NL: IntArray) -> list[dict[str, Any]]:
             }
         )
     return figures
-
-
-def reconstruction_figures(inputs_NE: FloatArray, decoded_NE: FloatArray) -> dict[str, float]:
-    """Return the squared error per item, and relative to the variance (1 = as bad as the mean)."""
-    error = float(np.square(inputs_NE - decoded_NE, dtype=np.float64).sum(axis=1).mean())
-    spread = inputs_NE - inputs_NE.mean(axis=0, dtype=np.float64)
-    variance = float(np.square(spread).sum(axis=1).mean())
-    return {
-        "squared_error": error,
-        "relative_squared_error": error / variance if variance > 0 else 0.0,
-    }
-
-
-def neighbour_figures(inputs_NE: FloatArray, decoded_NE: FloatArray) -> dict[str, Any]:
-    """Return how many of an item's nearest items are still nearest after quantisation.
-
-    By cosine similarity, over at most 1,000 items drawn with a fixed seed; the item itself is left
-    out. Items that share all codes are equally near: the lowest rows are taken.
-    """
-    num_items = len(inputs_NE)
-    k = min(NUM_NEIGHBOURS, num_items - 1)
-    if k < 1:
-        return {"k": 0, "num_queries": 0, "overlap": 1.0}
-    draw = np.random.default_rng(0).permutation(num_items)[:NUM_QUERIES]
-    queries = np.sort(draw)
-    before, after = (_nearest_items(v, queries, k) for v in (inputs_NE, decoded_NE))
-    hits = [len(np.intersect1d(a, b)) for a, b in zip(before, after, strict=True)]
-    return {"k": k, "num_queries": len(queries), "overlap": float(np.mean(hits) / k)}
-
-
-def _nearest_items(vectors_NE: FloatArray, queries_Q: IntArray, k: int) -> IntArray:
-    norms = np.linalg.norm(vectors_NE, axis=1, keepdims=True)
-    unit_NE = np.divide(vectors_NE, norms, out=np.zeros_like(vectors_NE), where=norms > 0)
-    rows = np.empty((len(queries_Q), k), np.int64)
-    for place, query in enumerate(queries_Q):
-        similarity = unit_NE @ unit_NE[query]
-        similarity[query] = -np.inf
-        rows[place] = _top(similarity, k)
-    return rows
-
-
-def _top(scores_N: FloatArray, k: int) -> IntArray:
-    """Return the rows of the k largest scores; of equal ones the lowest rows."""
-    threshold = np.partition(scores_N, len(scores_N) - k)[len(scores_N) - k]
-    above = np.flatnonzero(scores_N > threshold)
-    level = np.flatnonzero(scores_N == threshold)
-    return np.concatenate([above, level[: k - len(above)]])

@@ -18,13 +18,16 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.utils.extmath import randomized_svd
 from threadpoolctl import threadpool_limits
 
-CHUNK = 16_384
-"""Points per block of distances: K = 256 needs 16 MB."""
+CHUNK = 4_096
+"""Points per block of distances: K = 256 needs 4 MB, which stays in the processor's cache."""
 INIT_POINTS_PER_CODE = 32
 """k-means++ looks at no more than this many points per centroid (a random sample)."""
 INIT_DIMENSIONS = 16
 """k-means++ looks at no more than this many principal components."""
-MINIBATCH = 16_384
+MINIBATCH = 4_096
+MINIBATCH_POINTS_PER_CODE = 16
+MINIBATCH_PATIENCE = 30
+"""Mini-batches without improvement after which the centroids are taken as they are."""
 BLOCK_VALUES = 16_777_216
 """Distances held at once while balancing (64 MB)."""
 
@@ -36,38 +39,62 @@ class Clusters(NamedTuple):
     labels: np.ndarray
 
 
-def nearest(points_NE: np.ndarray, centroids_KE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    points_NE: np.ndarray, centroids_KE: np.ndarray, norms_N: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return each point's nearest centroid (N,) int32 and the squared distance to it (N,) float32.
 
     The lowest of several equally near centroids is taken.
+
+    Args:
+        points_NE: float32.
+        centroids_KE: float32.
+        norms_N: what `squared_norms` returns for the points; callers that ask often keep it.
     """
+    norms_N = squared_norms(points_NE) if norms_N is None else norms_N
     labels = np.empty(len(points_NE), np.int32)
     distances = np.empty(len(points_NE), np.float32)
+    factors_EK, offsets_K = (-2.0 * centroids_KE).T, squared_norms(centroids_KE)
+    buffer = np.empty((min(CHUNK, len(points_NE)), len(centroids_KE)), np.float32)
     for start in range(0, len(points_NE), CHUNK):
         part = points_NE[start : start + CHUNK]
-        block = squared_distances(part, centroids_KE, add_norms=False)
+        block = np.matmul(part, factors_EK, out=buffer[: len(part)])
+        block += offsets_K
         best = block.argmin(axis=1)
         labels[start : start + CHUNK] = best
-        norms = np.einsum("ne,ne->n", part, part)
-        distances[start : start + CHUNK] = np.maximum(
-            block[np.arange(len(part)), best] + norms, 0.0
-        )
-    return labels, distances
+        distances[start : start + CHUNK] = block[np.arange(len(part)), best]
+    distances += norms_N
+    return labels, np.maximum(distances, 0.0, out=distances)
 
 
-def squared_distances(
-    points_NE: np.ndarray, centroids_KE: np.ndarray, *, add_norms: bool = True
-) -> np.ndarray:
-    """Return squared distances (N, K) float32, without ||point||^2 if `add_norms` is False."""
-    block = points_NE @ (-2.0 * centroids_KE).T
-    block += np.einsum("ke,ke->k", centroids_KE, centroids_KE)
-    if add_norms:
-        block += np.einsum("ne,ne->n", points_NE, points_NE)[:, None]
-        np.maximum(block, 0.0, out=block)
-    return block
+def subtract(points_NE: np.ndarray, centroids_KE: np.ndarray, labels_N: np.ndarray) -> None:
+    """Subtract from each point, in place, the centroid that its label names."""
+    for start in range(0, len(points_NE), CHUNK):
+        points_NE[start : start + CHUNK] -= centroids_KE[labels_N[start : start + CHUNK]]
 
 
-def kmeans(points_NE: np.ndarray, num_codes: int, *, num_iterations: int, seed: int) -> Clusters:
+def squared_norms(points_NE: np.ndarray) -> np.ndarray:
+    """Return the squared lengths (N,) float32 of points."""
+    found: np.ndarray = np.einsum("ne,ne->n", points_NE, points_NE)
+    return found
+
+
+def squared_distances(points_NE: np.ndarray, centroids_KE: np.ndarray) -> np.ndarray:
+    """Return squared distances (N, K) float32."""
+    block: np.ndarray = points_NE @ (-2.0 * centroids_KE).T
+    block += squared_norms(centroids_KE)
+    block += squared_norms(points_NE)[:, None]
+    return np.maximum(block, 0.0, out=block)
+
+
+def kmeans(
+    points_NE: np.ndarray,
+    num_codes: int,
+    *,
+    num_iterations: int,
+    seed: int,
+    first_KE: np.ndarray | None = None,
+) -> Clusters:
     """Cluster by Lloyd's algorithm from k-means++ seeds (see `_initial`).
 
     A centroid that loses all its points moves to the point that is served worst. Every label is the
@@ -78,20 +105,22 @@ def kmeans(points_NE: np.ndarray, num_codes: int, *, num_iterations: int, seed: 
         num_codes: K.
         num_iterations: upper bound; stops earlier when no label changes.
         seed: of the k-means++ draws.
+        first_KE: centroids to start from instead of k-means++ seeds.
     """
-    centroids = _initial(points_NE, num_codes, seed)
+    centroids = _initial(points_NE, num_codes, seed) if first_KE is None else first_KE
+    norms = squared_norms(points_NE)
     labels: np.ndarray | None = None
     for _ in range(num_iterations):
-        new, distances = nearest(points_NE, centroids)
+        new, distances = nearest(points_NE, centroids, norms)
         if labels is not None and np.array_equal(new, labels):
-            break
+            return Clusters(centroids, labels)
         labels = new
         centroids = _means(points_NE, labels, centroids)
         empty = np.flatnonzero(np.bincount(labels, minlength=num_codes) == 0)
         if len(empty):
             worst = _worst_served(points_NE, distances, len(empty))
             centroids[empty[: len(worst)]] = points_NE[worst]
-    return Clusters(centroids, nearest(points_NE, centroids)[0])
+    return Clusters(centroids, nearest(points_NE, centroids, norms)[0])
 
 
 def balanced_kmeans(
@@ -121,17 +150,25 @@ def minibatch_kmeans(
 ) -> Clusters:
     """Cluster many points with scikit-learn's mini-batch k-means.
 
-    On one thread, so that the seed alone decides. `num_iterations` counts passes over the points.
+    On one thread, so that the seed alone decides. A million points need less than two passes until
+    batches stop bringing any improvement; every label is the nearest of the returned centroids.
+
+    Args:
+        points_NE: float32, at least `num_codes` of them different.
+        num_codes: K.
+        num_iterations: upper bound on passes over the points.
+        seed: of the first centroids and the batches.
     """
     with threadpool_limits(1):
         model = MiniBatchKMeans(
             num_codes,
-            batch_size=MINIBATCH,
+            batch_size=max(MINIBATCH, MINIBATCH_POINTS_PER_CODE * num_codes),
             max_iter=num_iterations,
-            max_no_improvement=None,
+            max_no_improvement=MINIBATCH_PATIENCE,
             init=_initial(points_NE, num_codes, seed),
             n_init=1,
-            random_state=seed,
+            random_state=seed % 2**32,
+            compute_labels=False,
         ).fit(points_NE)
     centroids = np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
     return Clusters(centroids, nearest(points_NE, centroids)[0])
@@ -171,7 +208,7 @@ def _plus_plus(points_NE: np.ndarray, num_codes: int, rng: np.random.Generator) 
     Lloyd's iterations.
     """
     num_trials = 2 + int(np.log(num_codes))
-    norms = np.einsum("ne,ne->n", points_NE, points_NE)
+    norms = squared_norms(points_NE)
     rows = [int(rng.integers(len(points_NE)))]
     closest = np.full(len(points_NE), np.inf, np.float32)
     closest = _closer(points_NE, norms, rows, closest)[0]
@@ -226,11 +263,11 @@ def _fill_in_turn(points_NE: np.ndarray, centroids_KE: np.ndarray) -> np.ndarray
     num_points, num_codes = len(points_NE), len(centroids_KE)
     smallest, larger = divmod(num_points, num_codes)
     labels = np.full(num_points, -1, np.int32)
+    norms_N = squared_norms(points_NE)
     codes_at_once = max(1, BLOCK_VALUES // num_points)
     for first in range(0, num_codes, codes_at_once):
-        block = centroids_KE[first : first + codes_at_once]
-        distances_KN = block @ (-2.0 * points_NE.T)
-        distances_KN += np.einsum("ne,ne->n", points_NE, points_NE)
+        distances_KN = (-2.0 * centroids_KE[first : first + codes_at_once]) @ points_NE.T
+        distances_KN += norms_N
         for code, distances in enumerate(distances_KN, start=first):
             capacity = smallest + (code < larger)
             distances[labels >= 0] = np.inf

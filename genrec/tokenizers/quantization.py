@@ -1,7 +1,7 @@
 """Residual quantization as differentiable functions: assignment, gradient estimators, losses.
 
-Functions of tensors only. Where the encoder comes from and how the codebooks are updated is in
-`rqvae.py`.
+Functions of tensors only. Where the encoder comes from is in `rqvae_training.py`, how codebooks
+move other than by gradients in `codebooks.py`.
 
 Shapes: B vectors of a batch, L levels, K codes, D latent width.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,8 +20,14 @@ from torch import Tensor
 GradientEstimator = Literal["straight_through", "rotation"]
 ResidualGrad = Literal["detached_code", "ste"]
 LevelReduce = Literal["sum", "mean"]
+Distance = Literal["l2", "cosine"]
 Assign = Callable[[Tensor, Tensor], Tensor]
 """From residuals (B, D) and a codebook (K, D) to codes (B,)."""
+
+ABSORB_ABOVE = 1e100
+"""Sinkhorn's scaling factors move into the exponent when they leave [1 / this, this]. An iteration
+changes them by B or K at most, so looking every `CHECK_EVERY` iterations is soon enough."""
+CHECK_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class Quantized:
     """Codebook loss per level, ||sg(r) - e||^2, mean over the batch."""
     commitment_L: Tensor
     """Commitment loss per level, ||r - sg(e)||^2, mean over the batch."""
-    residuals: list[Tensor]
-    """Residual (B, D) that each level quantised, detached."""
+    residuals_LBD: Tensor
+    """The residual that each level quantised, detached."""
 
 
 def residual_quantize(
@@ -45,6 +52,7 @@ def residual_quantize(
     *,
     estimator: GradientEstimator = "straight_through",
     residual_grad: ResidualGrad = "detached_code",
+    distance: Distance = "l2",
     assign_last: Assign | None = None,
 ) -> Quantized:
     """Quantise latents level by level.
@@ -57,53 +65,115 @@ def residual_quantize(
             sg(e), so that the commitment of every level trains the encoder. "ste" subtracts the
             straight-through value r + sg(e - r) as LC-Rec, LETTER and ports of TIGER do: then the
             next residual is sg(r - e) and only the first level's commitment trains it.
+        distance: what "nearest" means; whole code vectors are subtracted with either.
         assign_last: how the last level chooses codes; default the nearest.
     """
-    residual = latents_BD
-    codes, chosen, codebook_losses, commitments, residuals = [], [], [], [], []
-    last = len(codebooks_LKD) - 1
-    for level, codebook_KD in enumerate(codebooks_LKD):
-        assign = assign_last if level == last and assign_last is not None else nearest_code
-        residuals.append(residual.detach())
-        code_B = assign(residual.detach(), codebook_KD.detach())
-        vector_BD = F.embedding(code_B, codebook_KD)
-        codebook_losses.append(_squared(residual.detach() - vector_BD))
-        commitments.append(_squared(residual - vector_BD.detach()))
-        codes.append(code_B)
-        chosen.append(vector_BD.detach())
-        if residual_grad == "ste":
-            residual = residual - straight_through(residual, vector_BD)
-        else:
-            residual = residual - vector_BD.detach()
-    total_BD = torch.stack(chosen).sum(dim=0)
+    codes_LB, residuals_LBD = assign_codes(
+        latents_BD.detach(), codebooks_LKD.detach(), distance=distance, assign_last=assign_last
+    )
+    chosen_LBD = chosen_vectors(codes_LB, codebooks_LKD)
+    constant_LBD = chosen_LBD.detach()
+    # One operation for all levels: r_l - sg(e_l) = z - sg(e_1 + ... + e_l).
+    left_LBD = latents_BD - constant_LBD.cumsum(dim=0)
+    if residual_grad == "ste":
+        left_LBD = torch.cat([left_LBD[:1], left_LBD[1:].detach()])
     estimate = rotate if estimator == "rotation" else straight_through
     return Quantized(
-        torch.stack(codes, dim=1),
-        estimate(latents_BD, total_BD),
-        torch.stack(codebook_losses),
-        torch.stack(commitments),
-        residuals,
+        codes_LB.T,
+        estimate(latents_BD, constant_LBD.sum(dim=0)),
+        _squared(residuals_LBD - chosen_LBD),
+        _squared(left_LBD),
+        residuals_LBD,
     )
 
 
+def assign_codes(
+    latents_BD: Tensor,
+    codebooks_LKD: Tensor,
+    *,
+    distance: Distance = "l2",
+    assign_last: Assign | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return codes (L, B) int64 and the residuals (L, B, D) that each level quantised.
+
+    No gradients: pass detached tensors.
+    """
+    nearest = partial(nearest_code, distance=distance)
+    residual_BD = latents_BD
+    codes, residuals = [], []
+    for level, codebook_KD in enumerate(codebooks_LKD, start=1):
+        is_last = level == len(codebooks_LKD)
+        assign = assign_last if is_last and assign_last is not None else nearest
+        residuals.append(residual_BD)
+        codes.append(assign(residual_BD, codebook_KD))
+        residual_BD = residual_BD - codebook_KD.index_select(0, codes[-1])
+    return torch.stack(codes), torch.stack(residuals)
+
+
+def chosen_vectors(codes_LB: Tensor, codebooks_LKD: Tensor) -> Tensor:
+    """Return the code vectors (L, B, D), with gradients to the codebooks."""
+    num_levels, num_codes, width = codebooks_LKD.shape
+    first_L = torch.arange(num_levels, device=codes_LB.device) * num_codes
+    return F.embedding(codes_LB + first_L[:, None], codebooks_LKD.view(-1, width))
+
+
 def quantization_loss(
-    quantized: Quantized, *, commitment: float, reduce: LevelReduce = "sum"
+    quantized: Quantized,
+    *,
+    commitment: float,
+    reduce: LevelReduce = "sum",
+    train_codebooks: bool = True,
 ) -> Tensor:
-    """Return codebook + commitment * commitment loss, summed (TIGER) or averaged over levels."""
-    per_level = quantized.codebook_L + commitment * quantized.commitment_L
-    return per_level.sum() if reduce == "sum" else per_level.mean()
+    """Return codebook + commitment * commitment loss, summed (TIGER) or averaged over levels.
+
+    Without `train_codebooks` (codebooks that follow moving averages) the commitment part alone.
+    """
+    per_level = commitment * quantized.commitment_L
+    if train_codebooks:
+        per_level = per_level + quantized.codebook_L
+    return reduced(per_level, reduce)
 
 
-def nearest_code(residuals_BD: Tensor, codebook_KD: Tensor) -> Tensor:
+def reduced(per_level_L: Tensor, reduce: LevelReduce) -> Tensor:
+    """Return the sum or the mean over levels."""
+    return per_level_L.sum() if reduce == "sum" else per_level_L.mean()
+
+
+def nearest_code(residuals_BD: Tensor, codebook_KD: Tensor, *, distance: Distance = "l2") -> Tensor:
     """Return the code (B,) of the nearest code vector; the lowest of equally near ones."""
-    return code_distances(residuals_BD, codebook_KD).argmin(dim=1)
+    if distance == "cosine":
+        return _argmin(residuals_BD @ -F.normalize(codebook_KD, dim=1).T)
+    squares_K = codebook_KD.square().sum(dim=1)
+    return _argmin(torch.addmm(squares_K, residuals_BD, codebook_KD.T, alpha=-2.0))
 
 
-def code_distances(residuals_BD: Tensor, codebook_KD: Tensor) -> Tensor:
-    """Return squared distances (B, K)."""
+def code_distances(
+    residuals_BD: Tensor, codebook_KD: Tensor, *, distance: Distance = "l2"
+) -> Tensor:
+    """Return squared distances (B, K).
+
+    With "cosine" between the vectors scaled to length 1, that is 2 - 2 cos; a zero vector has the
+    cosine 0 with everything.
+    """
+    if distance == "cosine":
+        return 2.0 - 2.0 * (F.normalize(residuals_BD, dim=1) @ F.normalize(codebook_KD, dim=1).T)
     squares_K = codebook_KD.square().sum(dim=1)
     squares_B = residuals_BD.square().sum(dim=1, keepdim=True)
     return torch.addmm(squares_K, residuals_BD, codebook_KD.T, alpha=-2.0) + squares_B
+
+
+def info_nce(
+    vectors_BD: Tensor, targets_BD: Tensor, *, temperature: float = 1.0, cosine: bool = False
+) -> Tensor:
+    """Return -mean_i log softmax_j(<v_i, t_j> / temperature)[i]: in-batch negatives.
+
+    CoST's contrastive reconstruction (cosine, with a temperature) and LETTER's collaborative
+    alignment (dot product, without one).
+    """
+    if cosine:
+        vectors_BD, targets_BD = F.normalize(vectors_BD, dim=1), F.normalize(targets_BD, dim=1)
+    logits_BB = vectors_BD @ targets_BD.T / temperature
+    return F.cross_entropy(logits_BB, torch.arange(len(logits_BB), device=logits_BB.device))
 
 
 def straight_through(latents_BD: Tensor, vectors_BD: Tensor) -> Tensor:
@@ -141,8 +211,9 @@ def sinkhorn(
     """Return a balanced assignment plan (B, K): rows sum to 1 / B, columns to about 1 / K.
 
     Uniform semantic mapping (LC-Rec): distances are mapped to [-1, 1] by centre and half-range,
-    Q = exp(-d / epsilon), then columns and rows are normalised in turn; in the log domain and in
-    float64, because epsilon = 0.003 spans exp(+-333).
+    Q = exp(-d / epsilon), then columns and rows are normalised in turn, in float64. epsilon = 0.003
+    spans exp(+-333), so the factors of rows and columns move into the exponent whenever they grow
+    large: between such moves an iteration is two matrix-vector products, not two logsumexp.
 
     Args:
         distances_BK: squared distances.
@@ -154,23 +225,57 @@ def sinkhorn(
     low, high = d.min(), d.max()
     half_range = ((high - low) / 2).clamp_min(1e-12)
     log_q = -((d - (low + high) / 2) / half_range) / epsilon
-    log_b, log_k = (torch.tensor(float(n), dtype=d.dtype).log() for n in d.shape)
-    for iteration in range(num_iterations):
-        excess_K = torch.logsumexp(log_q, dim=0, keepdim=True) + log_k
-        if iteration > 0 and excess_K.abs().max() < tolerance:
+    log_q = _normalised(log_q)
+    plan, rows_B, columns_K = log_q.exp(), d.new_ones(len(d)), d.new_ones(d.shape[1])
+    for iteration in range(1, num_iterations):
+        before_K = columns_K
+        columns_K = (d.shape[1] * (rows_B @ plan)).reciprocal_()
+        if iteration % CHECK_EVERY == 1 and _is_balanced(before_K / columns_K, tolerance):
+            columns_K = before_K
             break
-        log_q = log_q - excess_K
-        log_q = log_q - torch.logsumexp(log_q, dim=1, keepdim=True) - log_b
-    return log_q.exp()
+        rows_B = (len(d) * (plan @ columns_K)).reciprocal_()
+        if iteration % CHECK_EVERY == 0 and (_is_extreme(rows_B) or _is_extreme(columns_K)):
+            log_q = _normalised(log_q + rows_B.log()[:, None] + columns_K.log())
+            plan, rows_B, columns_K = log_q.exp(), rows_B.new_ones(len(d)), d.new_ones(d.shape[1])
+    return plan * rows_B[:, None] * columns_K
+
+
+def _is_balanced(column_sums_K: Tensor, tolerance: float) -> bool:
+    return bool(((column_sums_K - 1).abs() < tolerance).all())
+
+
+def _normalised(log_q: Tensor) -> Tensor:
+    """Normalise columns, then rows, in the log domain."""
+    log_b, log_k = (torch.tensor(float(n), dtype=log_q.dtype).log() for n in log_q.shape)
+    log_q = log_q - torch.logsumexp(log_q, dim=0, keepdim=True) - log_k
+    return log_q - torch.logsumexp(log_q, dim=1, keepdim=True) - log_b
+
+
+def _is_extreme(factors: Tensor) -> bool:
+    low, high = torch.aminmax(factors)
+    return bool(~((low > 1 / ABSORB_ABOVE) & (high < ABSORB_ABOVE)))
 
 
 def balanced_code(
-    residuals_BD: Tensor, codebook_KD: Tensor, *, epsilon: float, num_iterations: int
+    residuals_BD: Tensor,
+    codebook_KD: Tensor,
+    *,
+    epsilon: float,
+    num_iterations: int,
+    distance: Distance = "l2",
 ) -> Tensor:
     """Return the code (B,) with the largest share of each row of the Sinkhorn plan."""
-    distances = code_distances(residuals_BD, codebook_KD)
+    distances = code_distances(residuals_BD, codebook_KD, distance=distance)
     return sinkhorn(distances, epsilon=epsilon, num_iterations=num_iterations).argmax(dim=1)
 
 
-def _squared(difference_BD: Tensor) -> Tensor:
-    return difference_BD.square().sum(dim=1).mean()
+def _argmin(values_BK: Tensor) -> Tensor:
+    """Return the place (B,) of each row's least value; on the CPU numpy is six times faster."""
+    if values_BK.device.type != "cpu":
+        return values_BK.argmin(dim=1)
+    return torch.from_numpy(values_BK.detach().numpy().argmin(axis=1))
+
+
+def _squared(differences_LBD: Tensor) -> Tensor:
+    """Return the mean squared length per level (L,)."""
+    return differences_LBD.square().sum(dim=2).mean(dim=1)

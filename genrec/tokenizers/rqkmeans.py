@@ -27,12 +27,14 @@ from genrec.tokenizers.base import (
     require_distinct,
 )
 from genrec.tokenizers.kmeans import (
+    CHUNK,
     Clusters,
     balanced_kmeans,
     kmeans,
     minibatch_kmeans,
     nearest,
     squared_distances,
+    subtract,
 )
 
 if TYPE_CHECKING:
@@ -63,9 +65,10 @@ class RQKMeans(ItemTokenizer):
         normalize: bool = False
         """Scale vectors to length 1 first (the feature extractors do so by default)."""
         num_iterations: int = Field(default=25, ge=1)
-        """Upper bound on k-means iterations per level (passes, above `minibatch_above` items)."""
+        """Upper bound on k-means iterations (above `minibatch_above` items: passes) per level."""
         minibatch_above: int = Field(default=500_000, ge=1)
-        """Fit by mini-batches when there are more items than this (never if balanced)."""
+        """Fit by mini-batches when there are more items than this (never if balanced): several
+        times faster at a million items, with an error about 1% higher."""
         seed: int = Field(default=0, ge=0)
         """Seed of the first centroids."""
 
@@ -93,7 +96,7 @@ class RQKMeans(ItemTokenizer):
         with progress("RQ-KMeans levels", config.num_levels) as advance:
             for level in range(config.num_levels):
                 clusters = self._cluster(residuals, level)
-                residuals -= clusters.centroids[clusters.labels]
+                subtract(residuals, clusters.centroids, clusters.labels)
                 codebooks.append(clusters.centroids)
                 labels.append(clusters.labels)
                 advance(1)
@@ -128,10 +131,12 @@ class RQKMeans(ItemTokenizer):
         self._require_fitted()
         inputs = self.inputs(catalog)
         codes = np.empty((len(inputs), len(self._codebooks)), np.int32)
-        residuals = inputs.copy()
-        for level, codebook in enumerate(self._codebooks):
-            codes[:, level] = nearest(residuals, codebook)[0]
-            residuals -= codebook[codes[:, level]]
+        for start in range(0, len(inputs), CHUNK):
+            residuals = inputs[start : start + CHUNK].copy()
+            for level, codebook in enumerate(self._codebooks):
+                labels, _ = nearest(residuals, codebook)
+                codes[start : start + CHUNK, level] = labels
+                subtract(residuals, codebook, labels)
         return self._assigned.override(codes, catalog.item_ids, inputs)
 
     def decode(self, codes_ML: IntArray) -> FloatArray:
@@ -152,7 +157,7 @@ class RQKMeans(ItemTokenizer):
         prefix = self.encode(catalog)[:, :-1]
         residuals = self.inputs(catalog).copy()
         for level in range(prefix.shape[1]):
-            residuals -= self._codebooks[level][prefix[:, level]]
+            subtract(residuals, self._codebooks[level], prefix[:, level])
         return squared_distances(residuals, self._codebooks[-1])
 
     @property

@@ -9,7 +9,7 @@ Shapes: N fitted items, M encoded items, L levels, K codes, D latent width, E em
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from genrec.tokenizers.base import (
     require_distinct,
 )
 from genrec.tokenizers.quantization import code_distances
-from genrec.tokenizers.rqvae_training import HISTORY, Network, train
+from genrec.tokenizers.rqvae_training import Network, Objective, train
 
 if TYPE_CHECKING:
     from genrec.data import Catalog, Interactions
@@ -72,8 +72,25 @@ class RQVAE(ItemTokenizer):
         """Temperature of the Sinkhorn plan (LC-Rec: 0.003)."""
         sinkhorn_iterations: int = Field(default=50, ge=1)
         """Most normalisations of the Sinkhorn plan (LC-Rec: 50); fewer once it is balanced."""
+        codebook_update: Literal["gradient", "ema"] = "gradient"
+        """How code vectors follow their residuals: by the codebook loss's gradient (TIGER), or as
+        moving averages (van den Oord et al. 2017), where that loss is only reported."""
+        ema_decay: float = Field(default=0.95, ge=0, lt=1)
+        """Decay per step of the moving averages (van den Oord et al.: 0.99, which lags behind the
+        encoder in a training of a thousand steps)."""
+        ema_smoothing: float = Field(default=1e-5, ge=0)
+        """Laplace smoothing of the averaged counts, in items (Razavi et al. 2019: 1e-5)."""
+        distance: Literal["l2", "cosine"] = "l2"
+        """What the nearest code is: least squared distance (TIGER) or largest cosine. The whole
+        code vector is subtracted with either."""
+        contrastive_weight: float = Field(default=0.0, ge=0, le=1)
+        """Weight w of contrastive reconstruction in (1 - w) squared error + w InfoNCE (TIGER: 0;
+        CoST: 1, when only the direction of a decoded vector means something)."""
+        contrastive_temperature: float = Field(default=0.1, gt=0)
+        """Temperature of that InfoNCE between decoded and given vectors of a batch."""
         kmeans_init: bool = True
-        """Start codebooks at k-means centroids of the residuals of all items (at most 50,000)."""
+        """Start codebooks at k-means centroids of the residuals of all items (by mini-batches
+        above 50,000 items)."""
         dead_code_every: int = Field(default=20, ge=0)
         """Steps between moves of unused codes onto random residuals; 0 never. Off in the last
         tenth of training, so that codes settle."""
@@ -93,33 +110,48 @@ class RQVAE(ItemTokenizer):
         """Seed of weights, batches, first codes and moves of unused codes."""
 
     config: RQVAE.Config
+    objective: ClassVar[type[Objective]] = Objective
+    """What training minimises."""
 
     def __init__(self, config: RQVAE.Config) -> None:
         super().__init__(config)
         self._network: Network | None = None
-        self.history: dict[str, list[float]] = {name: [] for name in HISTORY}
-        """Loss and its parts per epoch (means over items), in the order of the epochs."""
+        self.history: dict[str, list[float]] = {name: [] for name in self._loss_names()}
+        """Loss and its unweighted parts per epoch (means over items), in order."""
 
     def fit(self, catalog: Catalog, interactions: Interactions | None = None) -> Self:
         """Train for `num_epochs` and keep the weights of the last step.
 
         The last, not the best, on purpose: the reconstruction falls until the end (moves of unused
         codes are off by then), and a fit that depends on one setting less is easier to repeat.
+        Items are taken in the order of their ids, so the order of the catalogue does not matter.
 
         Raises:
             UserError: fewer different vectors than codes.
             TrainingError: the loss became NaN or infinite.
         """
-        inputs = self.inputs(catalog)
+        order = np.argsort(np.array(catalog.item_ids, dtype=str), kind="stable")
+        inputs = checked_vectors(catalog, normalize=self.config.normalize)[order]
         require_distinct(inputs, self.config.codebook_size)
         device = choose_device()
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(self.config.seed)
-            network = Network(inputs.shape[1], self.config)
-        self.history = train(network.to(device), torch.from_numpy(inputs).to(device), self.config)
-        self._network = network.cpu().eval()
+            network = Network(inputs.shape[1], self.config).to(device)
+        objective = self._objective(network, catalog, interactions, order)
+        self.history = train(network, torch.from_numpy(inputs).to(device), self.config, objective)
+        self._network = network.cpu().eval().requires_grad_(False)
         return self
+
+    def _objective(
+        self,
+        network: Network,
+        catalog: Catalog,
+        interactions: Interactions | None,
+        order_N: IntArray,
+    ) -> Objective:
+        """Return what to minimise; `order_N` says which catalogue row each input came from."""
+        return self.objective(network, self.config)
 
     def encode(self, catalog: Catalog) -> IntArray:
         """Return codes (M, L) int32: per level the code nearest to the residual."""
@@ -144,12 +176,17 @@ class RQVAE(ItemTokenizer):
         return checked_vectors(catalog, normalize=self.config.normalize, width=width)
 
     def last_level_distances(self, catalog: Catalog) -> FloatArray:
-        """Return squared distances (M, K) from the last latent residual to every last code."""
+        """Return squared distances (M, K) from the last latent residual to every last code.
+
+        With the cosine distance 2 - 2 cos, the squared distance of the directions.
+        """
         network, inputs = self._fitted(), self.inputs(catalog)
         distances = np.empty((len(inputs), self.config.codebook_size), np.float32)
         for part in _chunks(len(inputs)):
-            residual = network.quantize(torch.from_numpy(inputs[part])).residuals[-1]
-            distances[part] = code_distances(residual, network.codebooks.detach()[-1]).numpy()
+            residual = network.quantize(torch.from_numpy(inputs[part])).residuals_LBD[-1]
+            distances[part] = code_distances(
+                residual, network.codebooks[-1], distance=self.config.distance
+            ).numpy()
         return np.maximum(distances, 0.0)
 
     @property
@@ -158,9 +195,9 @@ class RQVAE(ItemTokenizer):
         return (self.config.codebook_size,) * self.config.num_levels
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the network's weights by name and the loss history (epochs, 4)."""
+        """Return the network's weights by name and the loss history (epochs, parts)."""
         weights = {name: t.numpy() for name, t in self._fitted().state_dict().items()}
-        columns = [self.history[name] for name in HISTORY]
+        columns = [self.history[name] for name in self._loss_names()]
         return {**weights, "history": np.array(columns, np.float32).T.copy()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> Self:
@@ -168,14 +205,17 @@ class RQVAE(ItemTokenizer):
         weights = {name: torch.tensor(a) for name, a in state.items() if name != "history"}
         network = Network(weights["encoder.0.weight"].shape[1], self.config)
         network.load_state_dict(weights)
-        self._network = network.eval()
+        self._network = network.eval().requires_grad_(False)
         columns = np.asarray(state["history"]).T.tolist()
-        self.history = dict(zip(HISTORY, columns, strict=True))
+        self.history = dict(zip(self._loss_names(), columns, strict=True))
         return self
+
+    def _loss_names(self) -> tuple[str, ...]:
+        return self.objective.names(self.config)
 
     def _fitted(self) -> Network:
         if self._network is None:
-            raise not_fitted("RQVAE")
+            raise not_fitted(type(self).__name__)
         return self._network
 
 
