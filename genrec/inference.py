@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from genrec import runtime
-from genrec.decoding import CSRIndex, Filters, beam_search
+from genrec.decoding import Boosts, CSRIndex, Filters, Scoring, beam_search
 from genrec.models.base import Backbone, pad_histories
 
 
@@ -27,13 +27,22 @@ class RankedLists:
         rows: (B, k) int64 item rows, -1 where a list is shorter than k.
         logprobs: (B, k) float64 natural log-probabilities, -inf where padded.
         certified: (B,) bool; True where the list provably is the top k of the whole catalogue.
-        num_eligible: (B,) int64 items that the list was chosen from (after filters).
+        num_eligible: (B,) int64 items that the list was chosen from (after filters and rules).
+        num_proven: (B,) int64 places from the top that are proven; None where unknown.
+        boosts: (B, k) float64 what was added to the log-probabilities for ranking; None: nothing.
     """
 
     rows: np.ndarray
     logprobs: np.ndarray
     certified: np.ndarray
     num_eligible: np.ndarray
+    num_proven: np.ndarray | None = None
+    boosts: np.ndarray | None = None
+
+    @property
+    def scores(self) -> np.ndarray:
+        """What ranks, (B, k) float64: log-probability plus boost."""
+        return self.logprobs if self.boosts is None else self.logprobs + self.boosts
 
     @property
     def num_rest(self) -> np.ndarray:
@@ -41,10 +50,13 @@ class RankedLists:
         return self.num_eligible - (self.rows >= 0).sum(1)
 
     def top(self, k: int) -> RankedLists:
-        """Return the first k columns."""
-        return RankedLists(
-            self.rows[:, :k], self.logprobs[:, :k], self.certified, self.num_eligible
-        )
+        """Return the first k columns; a short list may be proven where the long one is not."""
+        certified, proven = self.certified, self.num_proven
+        if proven is not None:
+            certified, proven = certified | (proven >= k), np.minimum(proven, k)
+        boosts = None if self.boosts is None else self.boosts[:, :k]
+        rows, logprobs = self.rows[:, :k], self.logprobs[:, :k]
+        return RankedLists(rows, logprobs, certified, self.num_eligible, proven, boosts)
 
 
 @torch.inference_mode()
@@ -57,6 +69,8 @@ def search(
     k: int,
     exclude: Sequence[np.ndarray] | None = None,
     allow: Sequence[np.ndarray] | None = None,
+    boosts: Boosts | None = None,
+    scoring: Scoring = "renormalized",
     batch_size: int = 64,
     description: str | None = None,
 ) -> RankedLists:
@@ -64,20 +78,23 @@ def search(
 
     Args:
         model: a backbone; used in eval mode and left in the mode it had.
-        constraint: the item index on the model's device.
+        constraint: the item index, or a restricted view of it, on the model's device.
         histories: B arrays of item rows, oldest first (cut to the model's maximum here).
         width: beam width (>= k unless the catalogue is smaller).
         k: list length.
         exclude: per history, rows that may not be returned.
         allow: per history, the only rows that may be returned.
+        boosts: additive scores of all items.
+        scoring: what a log-probability is among (see `beam_search`).
         batch_size: histories searched together; does not change results.
         description: text of a progress bar, or None for none.
     """
     total = len(histories)
-    num_items = constraint.num_items
     rows = np.full((total, k), -1, dtype=np.int64)
     logprobs = np.full((total, k), -np.inf)
     certified = np.ones(total, dtype=bool)
+    proven = np.zeros(total, dtype=np.int64)
+    added = None if boosts is None else np.zeros((total, k))
     # Long and short histories apart: padding is what costs (measured 1.45x, docs/decoding.md).
     order = np.argsort([len(h) for h in histories], kind="stable")
     training = model.training
@@ -89,16 +106,34 @@ def search(
             batch = pad_histories([histories[i] for i in chosen], model.config.max_history)
             filters = _filters(exclude, allow, chosen)
             beams = beam_search(
-                model, batch.to(model.device), constraint, width=width, k=k, filters=filters
+                model,
+                batch.to(model.device),
+                constraint,
+                width=width,
+                k=k,
+                filters=filters,
+                boosts=boosts,
+                scoring=scoring,
             )
             got = beams.rows_Bk.shape[1]
             rows[chosen, :got] = beams.rows_Bk.cpu().numpy()
             logprobs[chosen, :got] = beams.logprobs_Bk.double().cpu().numpy()
             certified[chosen] = beams.certified_B.cpu().numpy()
+            proven[chosen] = beams.num_proven_B.cpu().numpy()
+            if added is not None and beams.boosts_Bk is not None:
+                added[chosen] = beams.boosts_Bk.double().cpu().numpy()
             advance(len(chosen))
     model.train(training)
-    eligible = np.array([_num_eligible(num_items, exclude, allow, i) for i in range(total)])
-    return RankedLists(rows, logprobs, certified, eligible.astype(np.int64))
+    open_N = _open_rows(constraint)
+    eligible = np.array([_num_eligible(open_N, exclude, allow, i) for i in range(total)])
+    return RankedLists(rows, logprobs, certified, eligible.astype(np.int64), proven, added)
+
+
+def _open_rows(constraint: CSRIndex) -> np.ndarray:
+    """Return which catalogue rows the constraint's rule allows, (N,) bool."""
+    open_N = np.empty(constraint.num_items, dtype=bool)
+    open_N[constraint.rows_N.cpu().numpy()] = constraint.allowed_positions().cpu().numpy()
+    return open_N
 
 
 def _filters(
@@ -115,12 +150,12 @@ def _filters(
 
 
 def _num_eligible(
-    num_items: int,
+    open_N: np.ndarray,
     exclude: Sequence[np.ndarray] | None,
     allow: Sequence[np.ndarray] | None,
     i: int,
 ) -> int:
     denied = np.unique(exclude[i]) if exclude is not None else np.empty(0, np.int64)
     if allow is None:
-        return num_items - len(denied)
-    return len(np.setdiff1d(np.unique(allow[i]), denied))
+        return int(open_N.sum() - open_N[denied].sum())
+    return int(open_N[np.setdiff1d(np.unique(allow[i]), denied)].sum())

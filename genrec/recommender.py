@@ -8,8 +8,8 @@ Shapes: B requests, k list length, C candidates, N items.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +19,19 @@ import torch
 from genrec import runtime
 from genrec.bundle import Bundle, load_bundle, mode_name
 from genrec.data import Catalog
-from genrec.decoding import CSRIndex, score_candidates
+from genrec.data.rules import group_labels, matching_rows
+from genrec.decoding import Boosts, CSRIndex, Scoring, score_candidates
+from genrec.decoding.lists import ListRule, select
 from genrec.errors import UserError
-from genrec.inference import search
+from genrec.inference import RankedLists, search
 from genrec.item_index import ItemIndex
 from genrec.models.base import pad_histories
 
 log = runtime.get_logger(__name__)
 
 Histories = Sequence[Sequence[str]]
+MAX_RULES = 16
+"""Expressions whose view of the index is kept ready (about 6 bytes an item each)."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,16 @@ class Recommendations:
         scores: (B, k) float64 natural log-probabilities; -inf where padded.
         probabilities: (B, k) float64 calibrated probability that the item is the next one; 0 where
             padded.
-        certified: (B,) bool; the list provably holds the k best eligible items.
+        certified: (B,) bool; the list provably holds the k best eligible items (with list rules:
+            is the best list that keeps them).
+        rule_costs: (B,) float64, the sum of scores that list rules cost; None without such rules.
     """
 
     item_ids: np.ndarray
     scores: np.ndarray
     probabilities: np.ndarray
     certified: np.ndarray
+    rule_costs: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -57,9 +64,13 @@ class Recommender:
     Args:
         bundle: loaded parts.
         device: torch device name; None chooses.
+        scoring: what a code's probability is among (see docs/decoding.md). Probabilities are
+            calibrated for the scoring that the bundle was made with.
     """
 
-    def __init__(self, bundle: Bundle, *, device: str | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, device: str | None = None, scoring: Scoring = "renormalized"
+    ) -> None:
         self.device = runtime.choose_device(device)
         self.index: ItemIndex = bundle.index
         self.catalog: Catalog = bundle.catalog
@@ -68,16 +79,20 @@ class Recommender:
         self.width = bundle.width
         self.info: dict[str, Any] = bundle.artifact.extra
         self.fingerprint: str = bundle.artifact.fingerprint
+        self.scoring: Scoring = scoring
         self._constraint = CSRIndex.from_index(bundle.index).to(self.device)
+        self._views: dict[str, CSRIndex] = {}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: str | None = None) -> Recommender:
+    def from_pretrained(
+        cls, path: str | Path, *, device: str | None = None, scoring: Scoring = "renormalized"
+    ) -> Recommender:
         """Load the bundle that `genrec run` or `genrec calibrate` wrote.
 
         Raises:
             ArtifactError: missing, truncated, edited, or parts that do not belong together.
         """
-        return cls(load_bundle(path), device=device)
+        return cls(load_bundle(path), device=device, scoring=scoring)
 
     @property
     def item_ids(self) -> list[str]:
@@ -97,6 +112,9 @@ class Recommender:
         candidates: Histories | Sequence[str] | None = None,
         exclude: Histories | Sequence[str] | None = None,
         exclude_seen: bool = True,
+        rule: str | np.ndarray | None = None,
+        boosts: Mapping[str, float] | None = None,
+        list_rules: Sequence[ListRule] = (),
         width: int | None = None,
         missing: Literal["skip", "error"] = "skip",
     ) -> Recommendations:
@@ -108,13 +126,20 @@ class Recommender:
             candidates: the only items that may be returned: one list for all, or one per history.
             exclude: items that may not be returned: one list for all, or one per history.
             exclude_seen: leave out the items of the history.
+            rule: the only items that any of these requests may get: an expression over the
+                catalogue's columns ("year >= 1990 and title is not null"), kept ready for the next
+                call, or one bool per catalogue row.
+            boosts: item id -> natural-log units added to its score for ranking (log 2 doubles the
+                odds). Scores and probabilities stay the model's; `scores` includes the boost.
+            list_rules: rules about the whole list (`genrec.decoding.lists`), kept by choosing from
+                the `width` best items. Groups come from `groups`.
             width: beam width, >= k; default the one that the bundle was calibrated at. Another
                 width changes which items are found, not what an item scores.
             missing: unknown items in a history: "skip" them with one warning, or raise.
 
         Raises:
-            UserError: k or width below 1, width below k, unknown items in a filter (or in a
-                history with missing="error").
+            UserError: k or width below 1, width below k, unknown items in a filter or boost (or in
+                a history with missing="error"), a rule that cannot be read.
         """
         self._check_histories(histories)
         rows = self._history_rows(histories, missing)
@@ -129,16 +154,29 @@ class Recommender:
         depth = min(max(width, k), len(self.index))
         lists = search(
             self.model,
-            self._constraint,
+            self._view(rule),
             rows,
             width=depth,
             k=depth,
             exclude=denied if exclude_seen or exclude is not None else None,
             allow=allowed,
+            boosts=self._boosts(boosts),
+            scoring=self.scoring,
         )
         calibrator = self._calibrator(exclude_seen)
         probabilities = calibrator.probabilities(lists.logprobs, lists.num_rest)
-        return self._answer(lists.rows, lists.logprobs, probabilities, lists.certified, k)
+        if list_rules:
+            return self._selected(lists, probabilities, k, list_rules)
+        certified = lists.top(k).certified
+        return self._answer(lists.rows, lists.scores, probabilities, certified, k)
+
+    def groups(self, column: str) -> np.ndarray:
+        """Return the groups of all items by a catalogue column, for list rules.
+
+        Returns:
+            (N,) int64, -1 where an item has no value; for a column of lists (N, G) bool.
+        """
+        return group_labels(self.catalog, column)
 
     def score(self, histories: Histories, candidates: Histories) -> np.ndarray:
         """Return exact log-probabilities of given items over the whole catalogue.
@@ -170,7 +208,11 @@ class Recommender:
         batch = pad_histories(rows, self.model.config.max_history).to(self.device)
         with torch.inference_mode():
             scores = score_candidates(
-                self.model, batch, self._constraint, torch.from_numpy(rows_BC).to(self.device)
+                self.model,
+                batch,
+                self._constraint,
+                torch.from_numpy(rows_BC).to(self.device),
+                scoring=self.scoring,
             )
         return scores.double().cpu().numpy()
 
@@ -233,6 +275,46 @@ class Recommender:
         if width < k:
             raise UserError(f"width: got {width}, expected at least k={k}. Raise width or lower k.")
         return width
+
+    def _view(self, rule: str | np.ndarray | None) -> CSRIndex:
+        if rule is None:
+            return self._constraint
+        if not isinstance(rule, str):
+            return self._constraint.restricted(np.asarray(rule))
+        if rule not in self._views:
+            if len(self._views) >= MAX_RULES:
+                self._views.pop(next(iter(self._views)))
+            self._views[rule] = self._constraint.restricted(matching_rows(self.catalog, rule))
+        return self._views[rule]
+
+    def _boosts(self, boosts: Mapping[str, float] | None) -> Boosts | None:
+        if not boosts:
+            return None
+        values_N = np.zeros(len(self.index), dtype=np.float32)
+        values_N[self.index.rows_of(boosts)] = list(boosts.values())
+        return Boosts(self._constraint, values_N)
+
+    def _selected(
+        self, lists: RankedLists, probabilities: np.ndarray, k: int, rules: Sequence[ListRule]
+    ) -> Recommendations:
+        """Choose each list from the wide one; what is left out is cut or padded at the end."""
+        found = [
+            select(rows, scores, k, rules, certified=bool(certain))
+            for rows, scores, certain in zip(lists.rows, lists.scores, lists.certified, strict=True)
+        ]
+        places = np.full((len(found), k), lists.rows.shape[1])
+        for i, selection in enumerate(found):
+            places[i, : len(selection.places)] = selection.places
+
+        def chosen(values: np.ndarray, fill: float) -> np.ndarray:
+            padded = np.pad(values, ((0, 0), (0, 1)), constant_values=fill)
+            return np.take_along_axis(padded, places, axis=1)
+
+        rows, scores = chosen(lists.rows, -1), chosen(lists.scores, -np.inf)
+        certified = np.array([selection.proven for selection in found], dtype=bool)
+        costs = np.array([selection.cost for selection in found], dtype=np.float64)
+        answer = self._answer(rows, scores, chosen(probabilities, 0.0), certified, k)
+        return replace(answer, rule_costs=costs)
 
     def _calibrator(self, exclude_seen: bool) -> Any:
         name = mode_name(exclude_seen)

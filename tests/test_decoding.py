@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genrec.decoding import (
     Beams,
+    Boosts,
     CSRIndex,
     Filters,
     Trie,
@@ -23,7 +24,7 @@ from genrec.decoding import (
 from genrec.errors import UserError
 from genrec.item_index import ItemIndex
 from genrec.testing import TableModel, brute_force_logprobs, random_index, rank
-from genrec.testing.decoding import StepModelContract, allowed_mask
+from genrec.testing.decoding import StepModelContract, allowed_mask, random_titles
 
 SIZES = (4, 5, 3, 2)
 
@@ -42,16 +43,24 @@ def assert_same(got: Beams, expected: Beams) -> None:
 
 @st.composite
 def problems(draw):
-    """A catalogue, a model, a width and k, rules, and both kinds of shapes."""
-    sizes = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
-    index = random_index(draw(st.integers(1, 60)), sizes, draw(st.integers(0, 99)))
-    model = TableModel(sizes, seed=draw(st.integers(0, 99)), scale=draw(st.sampled_from([1, 4])))
+    """A catalogue of either kind, a model, a width and k, rules, and both kinds of shapes."""
+    count, seed = draw(st.integers(1, 60)), draw(st.integers(0, 99))
+    if draw(st.booleans()):
+        index = random_index(count, draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)), seed)
+    else:
+        index = random_titles(count, draw(st.integers(1, 5)), draw(st.integers(1, 4)), seed)
+    model = TableModel(
+        index.codebook_sizes,
+        seed=draw(st.integers(0, 99)),
+        scale=draw(st.sampled_from([1, 4])),
+        num_others=2,
+    )
     width = draw(st.integers(1, 25))
     k = draw(st.integers(1, 30).filter(lambda k: min(k, len(index)) <= width))
     rows = st.lists(st.integers(-1, len(index) - 1), max_size=30).map(np.array)
     rules = st.none() | st.lists(st.none() | rows, min_size=3, max_size=3)
     filters = Filters(exclude=draw(rules), allow=draw(rules))
-    scoring = draw(st.sampled_from(["renormalized", "level"]))
+    scoring = draw(st.sampled_from(["renormalized", "level", "raw"]))
     return index, model, width, k, filters, scoring, draw(st.booleans())
 
 
@@ -75,7 +84,12 @@ def test_certified_lists_are_the_true_top_k(problem):
     )
     allowed_BN = allowed_mask(filters, 3, len(index))
     truth_BN = brute_force_logprobs(
-        model, batch, index.codes, allowed_BN=allowed_BN, scoring=scoring
+        model,
+        batch,
+        index.codes,
+        allowed_BN=allowed_BN,
+        scoring=scoring,
+        shared_vocabulary=index.shared_vocabulary,
     )
     for b in range(3):
         best = rank(truth_BN[b], k)
@@ -254,21 +268,30 @@ class SilentModel:
         return self.tables[level][keys_R % 97], (level + 1, keys_R)
 
 
-@pytest.mark.parametrize("filtered", [False, True])
-def test_static_search_reads_nothing_back(filtered):
+@pytest.mark.parametrize("kind", ["plain", "filters", "rule and boosts", "titles"])
+def test_static_search_reads_nothing_back(kind):
     from genrec.decoding.beam import Search
     from genrec.decoding.filters import NodeFilter
 
-    _, constraint, _ = world()
-    model = SilentModel(SIZES)
+    index, constraint, _ = world()
+    if kind == "titles":
+        index = random_titles(40, 4, 4)
+        constraint = CSRIndex.from_index(index)
+    if kind == "rule and boosts":
+        constraint = constraint.restricted(np.arange(40) % 3 > 0)
+    model = SilentModel(index.codebook_sizes)
     filters = Filters(exclude=[[1, 2], [3], None])
-    rules = NodeFilter(constraint, filters, 3) if filtered else None
+    options = {
+        "rules": None if kind == "plain" else NodeFilter(constraint, filters, 3),
+        "boosts": Boosts(constraint, np.arange(40) / 9) if kind == "rule and boosts" else None,
+        "scoring": "level" if kind == "titles" else "renormalized",
+    }
     logits_BK, state = model.begin(torch.arange(3))
-    search = Search(constraint, rules=rules, static_shapes=True)
+    search = Search(constraint, static_shapes=True, **options)
     with HostReads() as reads:
         static = search.run(model, logits_BK, state, width=6, k=6)
     assert reads.found == []
-    dynamic = Search(constraint, rules=rules, static_shapes=False)
+    dynamic = Search(constraint, static_shapes=False, **options)
     assert_same(dynamic.run(model, logits_BK, state, width=6, k=6), static)
 
 
@@ -319,7 +342,10 @@ def test_candidate_scores_on_random_catalogues(problem, data):
     rows_BC = torch.tensor(data.draw(lists))
     constraint = CSRIndex.from_index(index)
     got_BC = score_candidates(model, torch.arange(2), constraint, rows_BC, scoring=scoring).numpy()
-    truth_BN = brute_force_logprobs(model, torch.arange(2), index.codes, scoring=scoring)
+    shared = index.shared_vocabulary
+    truth_BN = brute_force_logprobs(
+        model, torch.arange(2), index.codes, scoring=scoring, shared_vocabulary=shared
+    )
     expected_BC = np.take_along_axis(truth_BN, rows_BC.clamp(min=0).numpy(), 1)
     assert np.allclose(got_BC, np.where(rows_BC.numpy() < 0, -np.inf, expected_BC), atol=1e-4)
 
@@ -359,7 +385,7 @@ def test_exact_search_widens_until_proven():
         (dict(width=0, k=1), ["width: got 0", ">= 1", "width=20"]),
         (dict(width=5, k=0), ["k: got 0", ">= 1"]),
         (dict(width=5, k=6), ["k: got 6 with width 5", "Raise width to 6"]),
-        (dict(width=5, k=5, scoring="raw"), ["'raw'", "'renormalized' or 'level'"]),
+        (dict(width=5, k=5, scoring="odds"), ["'odds'", "'level' or 'raw'"]),
         (dict(width=5, k=5, filters=Filters(exclude=[[1]])), ["1 lists for 2 requests"]),
         (dict(width=5, k=5, filters=Filters(allow=[[1], [40]])), ["allow[1]", "row 40", "< 40"]),
         (dict(width=5, k=5, filters=Filters(exclude=[[-2], [0]])), ["exclude[0]", "row -2"]),

@@ -6,13 +6,23 @@ Networks meet this room only through the `StepModel` protocol.
 """
 
 from genrec.decoding.beam import beam_search
+from genrec.decoding.boosts import Boosts
 from genrec.decoding.csr import CSRIndex
-from genrec.decoding.exact import exact_search, score_candidates, score_catalogue
-from genrec.decoding.protocol import Beams, Children, ConstraintIndex, Filters, Scoring, StepModel
+from genrec.decoding.exact import exact_search, invalid_mass, score_candidates, score_catalogue
+from genrec.decoding.protocol import (
+    Beams,
+    Children,
+    ConstraintIndex,
+    Filters,
+    Scoring,
+    StepModel,
+    VocabularyModel,
+)
 from genrec.decoding.trie import Trie, reference_beam_search
 
 __all__ = [
     "Beams",
+    "Boosts",
     "CSRIndex",
     "Children",
     "ConstraintIndex",
@@ -20,8 +30,10 @@ __all__ = [
     "Scoring",
     "StepModel",
     "Trie",
+    "VocabularyModel",
     "beam_search",
     "exact_search",
+    "invalid_mass",
     "reference_beam_search",
     "score_candidates",
     "score_catalogue",

@@ -9,18 +9,22 @@ Shapes: N items, L levels, R rows, C columns of children, X any.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genrec.decoding.levels import Level, build_level, take
-from genrec.decoding.protocol import Children
+from genrec.decoding.protocol import Children, Scoring
 from genrec.errors import UserError
-from genrec.item_index import ItemIndex
+from genrec.item_index import END, ItemIndex
 
 
+@dataclass(frozen=True, eq=False)
 class CSRIndex:
     """The vectorised `ConstraintIndex`; states are node numbers within their depth.
 
@@ -30,38 +34,38 @@ class CSRIndex:
         codebook_sizes: K of each level.
         num_nodes: number of nodes of each depth, L + 1 numbers from 1 (root) to N (leaves).
         num_shared: of these, nodes with more than one item.
+        num_running: of these, nodes whose semantic ID has not ended; None where none ends early.
+        allowed_before: int32 (N + 1,), how many items before each position a rule allows; None
+            where all are allowed (see `restricted`).
     """
 
-    def __init__(
-        self,
-        levels: Sequence[Level],
-        rows_N: Tensor,
-        codebook_sizes: tuple[int, ...],
-        num_nodes: tuple[int, ...],
-        num_shared: tuple[int, ...],
-    ) -> None:
-        self.levels = tuple(levels)
-        self.rows_N = rows_N
-        self._codebook_sizes = codebook_sizes
-        self.num_nodes = num_nodes
-        self.num_shared = num_shared
-        self._positions_N: Tensor | None = None
+    levels: tuple[Level, ...]
+    rows_N: Tensor
+    codebook_sizes: tuple[int, ...]
+    num_nodes: tuple[int, ...]
+    num_shared: tuple[int, ...]
+    num_running: tuple[int, ...] | None = None
+    allowed_before: Tensor | None = None
 
     @classmethod
     def from_index(cls, index: ItemIndex) -> CSRIndex:
         """Build from an item index (rows are the item index's rows)."""
-        return cls.from_codes(index.codes, index.codebook_sizes)
+        return cls.from_codes(index.codes, index.codebook_sizes, index.shared_vocabulary)
 
     @classmethod
-    def from_codes(cls, codes_NL: np.ndarray, codebook_sizes: Sequence[int]) -> CSRIndex:
+    def from_codes(
+        cls, codes_NL: np.ndarray, codebook_sizes: Sequence[int], shared_vocabulary: bool = False
+    ) -> CSRIndex:
         """Build from unique code rows.
 
         Args:
             codes_NL: (N, L) integers, unique rows, within the sizes.
             codebook_sizes: L sizes.
+            shared_vocabulary: code 0 ends a semantic ID and fills the rest of its row (see
+                `ItemIndex`); what follows the end is certain and costs nothing.
 
         Raises:
-            UserError: no items.
+            UserError: no items, or several items with one semantic ID.
         """
         sizes = tuple(int(size) for size in codebook_sizes)
         codes_NL = np.asarray(codes_NL)
@@ -73,18 +77,53 @@ class CSRIndex:
         order_N = _lexicographic_order(codes_NL, sizes)
         codes_NL = codes_NL[order_N]
         starts = _node_starts(codes_NL)
+        _check_unique(starts[-1], order_N)
         levels = [
             build_level(codes_NL[starts[n + 1], n], starts[n], starts[n + 1], size, len(codes_NL))
             for n, size in enumerate(sizes)
         ]
         spans = [np.diff(start, append=len(codes_NL)) for start in starts]
+        running = None
+        if shared_vocabulary:
+            running = (1, *(int((level.codes != END).sum()) for level in levels))
         return cls(
-            levels,
+            tuple(levels),
             torch.from_numpy(order_N.astype(np.int32)),
             sizes,
             tuple(len(start) for start in starts),
             tuple(int((span > 1).sum()) for span in spans),
+            running,
         )
+
+    def save(self, path: str | Path, *, upstream: Mapping[str, str] | None = None) -> None:
+        """Write the index as an artifact folder, for `load`.
+
+        Args:
+            path: folder to create or replace.
+            upstream: fingerprints of what it was built from, e.g. {"index": index.fingerprint}.
+
+        Raises:
+            UserError: the index is restricted by a rule; save the whole one.
+        """
+        from genrec.decoding.storage import save_index
+
+        save_index(self, path, upstream=upstream)
+
+    @classmethod
+    def load(cls, path: str | Path, *, verify: bool = True) -> CSRIndex:
+        """Map a saved index into memory: nothing is copied, pages are read when touched.
+
+        Args:
+            path: a folder that `save` wrote. It must stay as it is while the index is in use.
+            verify: compare checksums, which reads the files once. False checks names, shapes and
+                sizes only and starts at once.
+
+        Raises:
+            ArtifactError: missing, truncated, edited, of another kind or a newer format.
+        """
+        from genrec.decoding.storage import load_index
+
+        return load_index(path, verify=verify)
 
     @property
     def depth(self) -> int:
@@ -92,14 +131,19 @@ class CSRIndex:
         return len(self.levels)
 
     @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """Number of codes of each level."""
-        return self._codebook_sizes
-
-    @property
     def num_items(self) -> int:
         """Number of items N."""
         return len(self.rows_N)
+
+    @property
+    def num_allowed(self) -> int:
+        """Number of items that the index's rule allows (N without a rule)."""
+        return self.num_items if self.allowed_before is None else int(self.allowed_before[-1])
+
+    @property
+    def shared_vocabulary(self) -> bool:
+        """Whether semantic IDs may end before the last level."""
+        return self.num_running is not None
 
     @property
     def device(self) -> torch.device:
@@ -110,16 +154,48 @@ class CSRIndex:
     def num_bytes(self) -> int:
         """Memory of all tensors."""
         tensors = [self.rows_N, *(t for level in self.levels for t in level.tensors)]
+        if self.allowed_before is not None:
+            tensors.append(self.allowed_before)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def to(self, device: torch.device | str) -> CSRIndex:
         """Return the index on a device (itself if it is there)."""
         if torch.device(device) == self.device:
             return self
-        levels = [level.to(device) for level in self.levels]
-        return CSRIndex(
-            levels, self.rows_N.to(device), self.codebook_sizes, self.num_nodes, self.num_shared
+        counts = self.allowed_before
+        return replace(
+            self,
+            levels=tuple(level.to(device) for level in self.levels),
+            rows_N=self.rows_N.to(device),
+            allowed_before=None if counts is None else counts.to(device),
         )
+
+    def restricted(self, allowed_N: np.ndarray | Tensor) -> CSRIndex:
+        """Return a view that holds only the items which a rule allows, for all requests.
+
+        The tree is shared; closed nodes are marked once, by range counting, so that a search costs
+        the same as without a rule. Rows keep their numbers. Views of views allow what all allow.
+
+        Args:
+            allowed_N: (N,) bool by catalogue row.
+
+        Raises:
+            UserError: not one bool per item.
+        """
+        allowed_N = torch.as_tensor(allowed_N, device=self.device)
+        if allowed_N.shape != (self.num_items,) or allowed_N.dtype != torch.bool:
+            raise UserError(
+                f"rule: got {allowed_N.dtype} of shape {tuple(allowed_N.shape)}, expected one bool "
+                f"per catalogue row, ({self.num_items},)."
+            )
+        allowed_N = take(allowed_N, self.rows_N) & self.allowed_positions()
+        counts = torch.nn.functional.pad(allowed_N.cumsum(0, dtype=torch.int32), (1, 0))
+        levels = []
+        for depth, level in enumerate(self.levels, start=1):
+            nodes = torch.arange(self.num_nodes[depth] + 1, device=self.device)
+            firsts = self.first_position(nodes, depth)
+            levels.append(level.restricted(counts[firsts[1:]] > counts[firsts[:-1]]))
+        return replace(self, levels=tuple(levels), allowed_before=counts)
 
     # The ConstraintIndex protocol.
 
@@ -142,6 +218,35 @@ class CSRIndex:
 
     # What the fast search needs beyond it.
 
+    def is_settled(self, nodes_X: Tensor, depth: int, scoring: Scoring) -> Tensor:
+        """Return whether what lies below each node costs nothing, so that no model is needed.
+
+        So it is when the semantic ID has ended, and under "renormalized" when one item is left.
+        """
+        if scoring == "renormalized":
+            return self.num_items_below(nodes_X, depth) == 1
+        if self.num_running is None or depth == 0:
+            return torch.zeros_like(nodes_X, dtype=torch.bool)
+        return take(self.levels[depth - 1].codes, nodes_X) == END
+
+    def num_unsettled(self, depth: int, scoring: Scoring) -> int:
+        """Return the number of nodes of a depth that are not settled."""
+        if scoring == "renormalized":
+            return self.num_shared[depth]
+        return self.num_nodes[depth] if self.num_running is None else self.num_running[depth]
+
+    def allowed_positions(self) -> Tensor:
+        """Return which sorted positions hold items that the rule allows, (N,) bool."""
+        if self.allowed_before is None:
+            return torch.ones(self.num_items, dtype=torch.bool, device=self.device)
+        return self.allowed_before.diff() > 0
+
+    def rank(self, positions_X: Tensor) -> Tensor:
+        """Return how many allowed items stand before each position (0 ... N), int64."""
+        if self.allowed_before is None:
+            return positions_X
+        return take(self.allowed_before, positions_X).long()
+
     def only_child(self, nodes_X: Tensor, depth: int) -> Tensor:
         """Return the first child of nodes of a depth (the only one where there is one item)."""
         return take(self.levels[depth].pointers, nodes_X).long()
@@ -159,14 +264,16 @@ class CSRIndex:
         """Return how many items begin with each node's prefix, int64."""
         return self.first_position(nodes_X + 1, depth) - self.first_position(nodes_X, depth)
 
+    @cached_property
+    def _positions_N(self) -> Tensor:
+        positions_N = torch.empty_like(self.rows_N)
+        positions_N[self.rows_N.long()] = torch.arange(
+            self.num_items, dtype=torch.int32, device=self.device
+        )
+        return positions_N
+
     def positions(self, rows_X: Tensor) -> Tensor:
         """Return the sorted positions of catalogue rows, int64 (4 bytes an item on first use)."""
-        if self._positions_N is None:
-            positions_N = torch.empty_like(self.rows_N)
-            positions_N[self.rows_N.long()] = torch.arange(
-                self.num_items, dtype=torch.int32, device=self.device
-            )
-            self._positions_N = positions_N
         return take(self._positions_N, rows_X).long()
 
     def ancestors(self, positions_X: Tensor) -> list[Tensor]:
@@ -194,6 +301,18 @@ def _lexicographic_order(codes_NL: np.ndarray, sizes: tuple[int, ...]) -> np.nda
     for level, width in enumerate(bits):
         keys_N = (keys_N << width) | codes_NL[:, level]
     return np.argsort(keys_N, kind="stable")
+
+
+def _check_unique(leaf_starts: np.ndarray, order_N: np.ndarray) -> None:
+    """Refuse several items on one leaf: a list of items could not say which of them is meant."""
+    if len(leaf_starts) < len(order_N):
+        spans = np.diff(leaf_starts, append=len(order_N))
+        first = leaf_starts[np.argmax(spans > 1)]
+        raise UserError(
+            f"CSRIndex: {len(order_N)} items have {len(leaf_starts)} semantic IDs; rows "
+            f"{order_N[first]} and {order_N[first + 1]} share one. Expected one each: resolve "
+            "collisions first (index.collisions=extra_level)."
+        )
 
 
 def _node_starts(sorted_NL: np.ndarray) -> list[np.ndarray]:

@@ -1,7 +1,8 @@
 """What is the exact log-probability of given items, and which list is provably the best?
 
 Scores are evaluated over distinct prefixes, each once; a search widens until its certificate holds
-or it is exhaustive. `score_*` know no filters: items are rated against the whole catalogue.
+or it is exhaustive. `score_*` know no filters: items are rated against the whole catalogue, or what
+a restricted view leaves of it.
 
 Shapes: B requests, C candidates, S slots (distinct prefixes of a request), N items, K codes.
 """
@@ -14,9 +15,18 @@ import torch
 from torch import Tensor
 
 from genrec.decoding.beam import Search, step_logprobs
+from genrec.decoding.boosts import Boosts
 from genrec.decoding.csr import CSRIndex
 from genrec.decoding.filters import NodeFilter
-from genrec.decoding.protocol import Beams, Filters, Scoring, StepModel, check_search
+from genrec.decoding.protocol import (
+    Beams,
+    Filters,
+    Scoring,
+    StepModel,
+    check_numbers,
+    check_search,
+    speaker,
+)
 from genrec.errors import UserError
 
 _FREE = torch.iinfo(torch.int64).max  # sorts behind every node
@@ -41,11 +51,12 @@ def score_candidates(
         scoring: as in `beam_search`; under "renormalized" the whole catalogue sums to 1.
 
     Returns:
-        (B, C) float32; -inf where the row is -1.
+        (B, C) float32; -inf where the row is -1 or a rule of the constraint denies it.
 
     Raises:
         UserError: rows outside the catalogue, or not one list per request.
     """
+    model = speaker(model, scoring)
     logits_BK, state = model.begin(batch)
     rows_BC = torch.as_tensor(rows_BC, dtype=torch.int64, device=logits_BK.device)
     if rows_BC.ndim != 2 or len(rows_BC) != len(logits_BK):
@@ -61,7 +72,9 @@ def score_candidates(
         )
     positions_BC = constraint.positions(rows_BC.clamp(min=0))
     scores_BC = _score(model, logits_BK, state, constraint, positions_BC, scoring)
-    return scores_BC.masked_fill(rows_BC < 0, -torch.inf)
+    scores_BC = scores_BC.masked_fill(rows_BC < 0, -torch.inf)
+    check_numbers(scores_BC)
+    return scores_BC
 
 
 @torch.no_grad()
@@ -84,6 +97,7 @@ def score_catalogue(
             Items are taken in chunks along the sorted catalogue, so only the prefixes at the edges
             of chunks are evaluated twice.
     """
+    model = speaker(model, scoring)
     logits_BK, state = model.begin(batch)
     num_requests, num_items = len(logits_BK), constraint.num_items
     chunk = max(1, max_rows // num_requests)
@@ -94,7 +108,34 @@ def score_catalogue(
         positions_BC = positions_C.expand(num_requests, -1)
         scores_BC = _score(model, logits_BK, state, constraint, positions_BC, scoring)
         scores_BN[:, constraint.row(positions_C)] = scores_BC
+    check_numbers(scores_BN)
     return scores_BN
+
+
+@torch.no_grad()
+def invalid_mass(
+    model: StepModel,
+    batch: Any,
+    constraint: CSRIndex,
+    *,
+    scoring: Scoring = "level",
+    max_rows: int = 16_384,
+) -> Tensor:
+    """Return the probability that the model spends on what is not in the catalogue, (B,) float64.
+
+    One minus the probability of all items: under "level" that of code combinations which no item
+    has, under "raw" also that of codes at the wrong place. A diagnostic of the model and exact, at
+    the price of `score_catalogue`; 0 up to rounding under "renormalized".
+
+    Args:
+        model: a StepModel, in eval mode.
+        batch: B requests.
+        constraint: the catalogue.
+        scoring: as in `beam_search`.
+        max_rows: as in `score_catalogue`.
+    """
+    scores_BN = score_catalogue(model, batch, constraint, scoring=scoring, max_rows=max_rows)
+    return 1.0 - scores_BN.double().exp().sum(1)
 
 
 def _score(
@@ -105,7 +146,7 @@ def _score(
     positions_BC: Tensor,
     scoring: Scoring,
 ) -> Tensor:
-    """Add up the steps of the paths to given leaves; one model row per distinct shared prefix."""
+    """Add up the steps of the paths to given leaves; one model row per distinct open prefix."""
     num_requests = len(positions_BC)
     first_B1 = torch.arange(num_requests, device=positions_BC.device)[:, None]
     path = constraint.ancestors(positions_BC)
@@ -114,12 +155,10 @@ def _score(
     nodes_BS = torch.zeros_like(first_B1)
     for depth, level in enumerate(constraint.levels):
         if depth:
-            open_BC = torch.ones_like(slots_BC, dtype=torch.bool)
-            if scoring == "renormalized":  # a prefix of one item costs nothing from there on
-                open_BC = constraint.num_items_below(path[depth], depth) > 1
+            open_BC = ~constraint.is_settled(path[depth], depth, scoring)
             last_slot = nodes_BS.shape[1] - 1
             parents_BC = first_B1 * nodes_BS.shape[1] + slots_BC.clamp(max=last_slot)
-            slots_BC, (nodes_BS, parents_BS) = _distinct(path[depth], open_BC, parents_BC)
+            slots_BC, (nodes_BS, parents_BS) = distinct(path[depth], open_BC, parents_BC)
             if nodes_BS.shape[1] == 0:
                 break
             codes_BS = constraint.levels[depth - 1].codes[nodes_BS].long()
@@ -131,10 +170,13 @@ def _score(
         rows_BC = first_B1 * nodes_BS.shape[1] + slots_BC.clamp(max=nodes_BS.shape[1] - 1)
         found_BC = steps_RC[rows_BC, columns_BC.clamp(max=steps_RC.shape[1] - 1)]
         scores_BC += torch.where(slots_BC < nodes_BS.shape[1], found_BC, 0.0)
+    if constraint.allowed_before is not None:
+        allowed_BC = constraint.rank(positions_BC + 1) > constraint.rank(positions_BC)
+        scores_BC = scores_BC.masked_fill(~allowed_BC, -torch.inf)
     return scores_BC
 
 
-def _distinct(
+def distinct(
     nodes_BC: Tensor, open_BC: Tensor, parents_BC: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Number each request's distinct open nodes.
@@ -169,6 +211,7 @@ def exact_search(
     width: int | None = None,
     max_width: int | None = None,
     filters: Filters | None = None,
+    boosts: Boosts | None = None,
     scoring: Scoring = "renormalized",
 ) -> Beams:
     """Return the provably best k items: the beam doubles until every list is certified.
@@ -184,6 +227,7 @@ def exact_search(
         width: the first width (default: k).
         max_width: stop widening there; `certified_B` then says which lists are proven.
         filters: as in `beam_search`.
+        boosts: as in `beam_search`.
         scoring: as in `beam_search`.
 
     Raises:
@@ -198,11 +242,13 @@ def exact_search(
             f"max_width: got {max_width}, expected at least the first width {width}. Raise it, or "
             "leave it out to search until proven."
         )
+    model = speaker(model, scoring)
     logits_BK, state = model.begin(batch)
     rules = None if filters is None else NodeFilter(constraint, filters, len(logits_BK))
-    search = Search(constraint, rules=rules, scoring=scoring)
+    search = Search(constraint, rules=rules, scoring=scoring, boosts=boosts)
     while True:
         beams = search.run(model, logits_BK, state, width=width, k=k)
+        check_numbers(beams.logprobs_Bk)
         if width >= limit or bool(beams.certified_B.all()):
             return beams
         width = min(2 * width, limit)

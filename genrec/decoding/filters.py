@@ -2,7 +2,9 @@
 
 Range counting: a node is closed when every item below it is denied, open when one is allowed. The
 work is per listed row and level, whatever the width of the level, and the index is not rebuilt. The
-equality with a rebuilt tree is a test. It knows no scores.
+equality with a rebuilt tree is a test. Rules for all requests at once are a view of the index
+(`CSRIndex.restricted`), and what is listed here is counted among the items which that allows. It
+knows no scores.
 
 Shapes: B requests, W live rows of a request, R = B*W, C columns, E listed rows (padded).
 """
@@ -53,7 +55,10 @@ class NodeFilter:
         # Padding stands behind all items, each at a place of its own: positions stay distinct.
         places_E = num_items + torch.arange(num_listed, device=rows_BE.device)
         positions_BE = constraint.positions(rows_BE.clamp(min=0))
-        positions_BE = torch.where(rows_BE < 0, places_E, positions_BE).sort(dim=1).values
+        nowhere_BE = rows_BE < 0
+        if constraint.allowed_before is not None:  # what the index's rule denies is not there
+            nowhere_BE |= constraint.rank(positions_BE + 1) == constraint.rank(positions_BE)
+        positions_BE = torch.where(nowhere_BE, places_E, positions_BE).sort(dim=1).values
         padding_BE = positions_BE >= num_items
         path = constraint.ancestors(positions_BE.clamp(max=num_items - 1))
         marks = []
@@ -105,16 +110,20 @@ def _is_full(positions_BE: Tensor, constraint: CSRIndex, nodes_BE: Tensor, depth
     """Return whether all items below the node of each listed position are listed.
 
     Positions ascend and are distinct, so a range is complete exactly when its first and its last
-    position stand as far from each other in the list as in the catalogue.
+    item stand as far from each other in the list as in the catalogue. Items are counted by rank:
+    those that a rule of the index denies do not exist.
     """
     if depth == constraint.depth:
         return torch.ones_like(nodes_BE, dtype=torch.bool)
-    first_BE = constraint.first_position(nodes_BE, depth)
-    last_BE = constraint.first_position(nodes_BE + 1, depth) - 1
+    num_items = constraint.num_items
+    ranks_BE = constraint.rank(positions_BE.clamp(max=num_items))
+    ranks_BE = ranks_BE + (positions_BE - num_items).clamp(min=0)  # padding stays distinct
+    first_BE = constraint.rank(constraint.first_position(nodes_BE, depth))
+    last_BE = constraint.rank(constraint.first_position(nodes_BE + 1, depth)) - 1
     end = positions_BE.shape[1] - 1
-    shift_BE = torch.arange(end + 1, device=positions_BE.device) - positions_BE
+    shift_BE = torch.arange(end + 1, device=positions_BE.device) - ranks_BE
     from_BE, to_BE = shift_BE + first_BE, shift_BE + last_BE
     inside_BE = (from_BE >= 0) & (to_BE <= end)
-    first_listed_BE = positions_BE.gather(1, from_BE.clamp(0, end))
-    last_listed_BE = positions_BE.gather(1, to_BE.clamp(0, end))
+    first_listed_BE = ranks_BE.gather(1, from_BE.clamp(0, end))
+    last_listed_BE = ranks_BE.gather(1, to_BE.clamp(0, end))
     return inside_BE & (first_listed_BE == first_BE) & (last_listed_BE == last_BE)

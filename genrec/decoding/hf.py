@@ -25,6 +25,8 @@ class CatalogueLogitsProcessor:
 
     For scores as in `beam_search` call `generate` with `renormalize_logits=True`, `num_beams`,
     `max_new_tokens=L` and `length_penalty=0.0`; the normalisation runs after this processor.
+    Semantic IDs that end early are filled with END to L tokens: leave `eos_token_id` unset, or
+    `generate` stops at its first END and returns shorter rows.
 
     Args:
         index: the catalogue.

@@ -31,6 +31,8 @@ class Level:
         mask: (nodes, K) bool where the level is dense, else None.
         max_degree: the largest number of children of a node; C of a level that is not dense.
         num_codes: K.
+        open_children: (children,) bool where a rule closes some, else None.
+        open_mask: the mask without closed children, where there are both.
     """
 
     pointers: Tensor
@@ -38,6 +40,8 @@ class Level:
     mask: Tensor | None
     max_degree: int
     num_codes: int
+    open_children: Tensor | None = None
+    open_mask: Tensor | None = None
 
     @property
     def num_columns(self) -> int:
@@ -47,14 +51,23 @@ class Level:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors of the level."""
-        return [t for t in (self.pointers, self.codes, self.mask) if t is not None]
+        tensors = (self.pointers, self.codes, self.mask, self.open_children, self.open_mask)
+        return [tensor for tensor in tensors if tensor is not None]
 
     def to(self, device: torch.device | str) -> Level:
         """Return the level on a device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return replace(
-            self, pointers=self.pointers.to(device), codes=self.codes.to(device), mask=mask
-        )
+        names = ("pointers", "codes", "mask", "open_children", "open_mask")
+        found = {name: getattr(self, name) for name in names}
+        return replace(self, **{n: t.to(device) for n, t in found.items() if t is not None})
+
+    def restricted(self, open_children: Tensor) -> Level:
+        """Return the level with closed children; everything else is shared with this one."""
+        open_mask = None
+        if self.mask is not None:
+            # Cells of the mask in reading order are the children in theirs.
+            open_mask = torch.zeros_like(self.mask)
+            open_mask[self.mask] = open_children
+        return replace(self, open_children=open_children, open_mask=open_mask)
 
     def columns(self, parents_X: Tensor, children_X: Tensor) -> Tensor:
         """Return the column in which each child stands in its parent's row, int64."""
@@ -77,15 +90,18 @@ class Level:
         return low_X
 
     def expand(self, states_R: Tensor) -> Expansion:
-        """Return the children of nodes."""
+        """Return the open children of nodes."""
         if self.mask is not None:
-            return Expansion(self, states_R, self.mask.index_select(0, states_R), None, None)
+            mask = self.mask if self.open_mask is None else self.open_mask
+            return Expansion(self, states_R, mask.index_select(0, states_R), None, None)
         first_R = self.pointers.index_select(0, states_R)
         last_R = self.pointers.index_select(0, states_R + 1)
         columns_C = torch.arange(self.max_degree, device=states_R.device, dtype=torch.int32)
         children_RC = first_R[:, None] + columns_C
         valid_RC = children_RC < last_R[:, None]
         children_RC.clamp_(max=len(self.codes) - 1)
+        if self.open_children is not None:
+            valid_RC &= take(self.open_children, children_RC)
         return Expansion(self, states_R, valid_RC, children_RC, take(self.codes, children_RC))
 
 
@@ -110,7 +126,10 @@ class Expansion:
         if self.children_RC is not None:
             return self.children_RC.long()
         first_R = self.level.pointers.index_select(0, self.states_R)
-        rank_RC = self.valid_RC.cumsum(1) - 1
+        present_RC = self.valid_RC
+        if self.level.mask is not None and self.level.open_mask is not None:
+            present_RC = self.level.mask.index_select(0, self.states_R)  # closed ones count too
+        rank_RC = present_RC.cumsum(1) - 1
         return (first_R[:, None] + rank_RC).clamp_(min=0)
 
     def select(self, rows_X: Tensor, columns_X: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from genrec.errors import UserError
 
-Scoring = Literal["renormalized", "level"]
+Scoring = Literal["renormalized", "level", "raw"]
 NO_ROW = -1
 
 
@@ -47,6 +48,21 @@ class StepModel(Protocol):
 
         Returns:
             Unnormalised logits of the next level, (R, K_l), and the new state.
+        """
+
+
+@runtime_checkable
+class VocabularyModel(Protocol):
+    """A StepModel that can also say how likely codes are among all that it could say.
+
+    Needed for scoring="raw" only.
+    """
+
+    def over_vocabulary(self) -> StepModel:
+        """Return a step model on the same weights whose logits are log-probabilities (<= 0).
+
+        They are normalised over the model's whole vocabulary: other levels' codes and special
+        tokens compete too, as they do in a model that nothing constrains.
         """
 
 
@@ -155,12 +171,33 @@ class Beams:
         codes_BkL: int64 semantic IDs, -1 where padded.
         certified_B: bool; True where the list provably is the top k of all items that the request
             may get, in the right order.
+        boosts_Bk: float32, what each item's boost added to its rank; None where nothing is boosted.
+        pruned_B: float32, the best score that anything below a dropped prefix could have; -inf
+            where nothing was dropped, None where a search does not tell.
     """
 
     rows_Bk: Tensor
     logprobs_Bk: Tensor
     codes_BkL: Tensor
     certified_B: Tensor
+    boosts_Bk: Tensor | None = None
+    pruned_B: Tensor | None = None
+
+    @property
+    def scores_Bk(self) -> Tensor:
+        """What ranks, float32: log-probability plus boost."""
+        return self.logprobs_Bk if self.boosts_Bk is None else self.logprobs_Bk + self.boosts_Bk
+
+    @property
+    def num_proven_B(self) -> Tensor:
+        """How many places from the top are proven, int64, 0 to k: the best j for every j up to it.
+
+        A list that is not certified as a whole often is at its beginning.
+        """
+        full_B = self.certified_B.long() * self.rows_Bk.shape[1]
+        if self.pruned_B is None:
+            return full_B
+        return torch.maximum(full_B, (self.scores_Bk > self.pruned_B[:, None]).sum(1))
 
 
 def check_search(width: int, k: int, num_items: int, scoring: str) -> None:
@@ -174,5 +211,46 @@ def check_search(width: int, k: int, num_items: int, scoring: str) -> None:
             f"k: got {k} with width {width}; a beam of {width} gives at most {width} items. "
             f"Raise width to {min(k, num_items)} or more, or lower k."
         )
-    if scoring not in ("renormalized", "level"):
-        raise UserError(f"scoring: got {scoring!r}, expected 'renormalized' or 'level'.")
+    check_scoring(scoring)
+
+
+def check_scoring(scoring: str) -> None:
+    """Raise `UserError` on a scoring that does not exist."""
+    if scoring not in get_args(Scoring):
+        raise UserError(
+            f"scoring: got {scoring!r}, expected 'renormalized', 'level' or 'raw' "
+            "(docs/decoding.md says how they differ)."
+        )
+
+
+def speaker(model: StepModel, scoring: Scoring) -> StepModel:
+    """Return the step model whose logits a scoring reads: the given one, unless it is "raw".
+
+    Raises:
+        UserError: unknown scoring, or a model that knows no probabilities over its vocabulary.
+    """
+    check_scoring(scoring)
+    if scoring != "raw":
+        return model
+    if not isinstance(model, VocabularyModel):
+        raise UserError(
+            f"scoring: got 'raw' with a {type(model).__name__}, which has no over_vocabulary() and "
+            "gives the logits of one level only. Use scoring='level', or add that method."
+        )
+    return model.over_vocabulary()
+
+
+def check_numbers(scores_BX: Tensor) -> None:
+    """Raise `UserError` where a score is NaN; reads from the device once, after a search.
+
+    The search lets NaN rank before everything, so that no NaN is lost on the way.
+    """
+    broken_B = scores_BX.isnan().any(1)
+    if bool(broken_B.any()):
+        requests = broken_B.nonzero().flatten().tolist()
+        shown = ", ".join(map(str, requests[:5])) + (" ..." if len(requests) > 5 else "")
+        raise UserError(
+            f"model: got NaN logits for request(s) {shown} of {len(broken_B)}, expected numbers "
+            "(-inf for what must not be). Check the weights: a training that diverged, or a "
+            "precision that overflows."
+        )

@@ -9,8 +9,8 @@ Shapes: B requests, N items, L levels, R rows, C columns of children, k list len
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,14 @@ from genrec.decoding.protocol import (
     NO_ROW,
     Beams,
     Children,
-    ConstraintIndex,
     Filters,
     Scoring,
     StepModel,
+    check_numbers,
     check_search,
+    speaker,
 )
-from genrec.item_index import ItemIndex
+from genrec.item_index import END, ItemIndex
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Trie:
         codes_NL: (N, L) unique codes.
         codebook_sizes: L sizes.
         rows: the catalogue rows to hold (default: all). Rows keep their numbers.
+        shared_vocabulary: code 0 ends a semantic ID; what follows costs nothing.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class Trie:
         codes_NL: np.ndarray,
         codebook_sizes: Sequence[int],
         rows: Sequence[int] | np.ndarray | None = None,
+        shared_vocabulary: bool = False,
     ) -> None:
+        self.shared_vocabulary = shared_vocabulary
         self._codes_NL = np.asarray(codes_NL)
         self._sizes = tuple(int(size) for size in codebook_sizes)
         self._rows = [int(r) for r in (range(len(codes_NL)) if rows is None else rows)]
@@ -61,7 +65,7 @@ class Trie:
     @classmethod
     def from_index(cls, index: ItemIndex) -> Trie:
         """Build from an item index (rows are the item index's rows)."""
-        return cls(index.codes, index.codebook_sizes)
+        return cls(index.codes, index.codebook_sizes, shared_vocabulary=index.shared_vocabulary)
 
     def _insert(self, row: int) -> None:
         node = self._nodes[0]
@@ -79,7 +83,17 @@ class Trie:
             rows = [row for row in rows if row not in set(denied.tolist())]
         if allowed is not None:
             rows = [row for row in rows if row in set(allowed.tolist())]
-        return Trie(self._codes_NL, self._sizes, rows)
+        return Trie(self._codes_NL, self._sizes, rows, self.shared_vocabulary)
+
+    def largest_below(self, values_N: np.ndarray) -> list[float]:
+        """Return, by node, the largest value of the items below it (-inf where there is none)."""
+        largest = [-math.inf] * len(self._nodes)
+        for number in reversed(range(len(self._nodes))):  # children come after their parents
+            node = self._nodes[number]
+            below = [largest[child] for child in node.children.values()]
+            own = [float(values_N[node.row])] if node.row != NO_ROW else []
+            largest[number] = max([-math.inf, *below, *own])
+        return largest
 
     @property
     def depth(self) -> int:
@@ -134,13 +148,20 @@ def reference_beam_search(
     width: int,
     k: int,
     filters: Filters | None = None,
+    boosts_N: np.ndarray | None = None,
     scoring: Scoring = "renormalized",
 ) -> Beams:
-    """Do what `beam.beam_search` does, beam by beam; filters are applied by building a new trie."""
+    """Do what `beam.beam_search` does, beam by beam; filters are applied by building a new trie.
+
+    `boosts_N` are additive scores by row. The bounds of prefixes are those of the unfiltered trie,
+    as in the fast search.
+    """
     check_search(width, k, constraint.num_items, scoring)
+    model = speaker(model, scoring)
     logits_RK, state = model.begin(batch)
     num_requests = len(logits_RK)
     tries = _tries_of_requests(constraint, filters, num_requests)
+    bound = _bound_of(constraint, boosts_N)
     fronts = [[_Beam(0.0, 0)] for _ in range(num_requests)]
     pruned = [-math.inf] * num_requests
     count = 1
@@ -152,12 +173,34 @@ def reference_beam_search(
             logits_WK = logits_RK[b * count : (b + 1) * count].float()
             grown = _extend(trie, front, logits_WK, level, scoring, first_parent=b * count)
             # Python's sort is stable: equal scores stay ordered by parent beam, then by code.
-            grown.sort(key=lambda beam: -beam.score)
+            grown.sort(key=lambda beam: -bound(beam))
             if level < constraint.depth - 1:
-                pruned[b] = max([pruned[b], *(beam.score for beam in grown[width:])])
+                pruned[b] = max([pruned[b], *(bound(beam) for beam in grown[width:])])
                 grown = grown[:width]
             fronts[b] = grown
-    return _collect(tries, fronts, pruned, k, constraint.depth)
+    beams = _collect(tries, fronts, pruned, k, constraint.depth, bound)
+    check_numbers(beams.logprobs_Bk)
+    if boosts_N is None:
+        return beams
+    boosts_N = np.append(boosts_N, 0.0)  # for padding
+    return replace(beams, boosts_Bk=torch.from_numpy(boosts_N[beams.rows_Bk.numpy()]).float())
+
+
+def _bound_of(trie: Trie, boosts_N: np.ndarray | None) -> Callable[[_Beam], float]:
+    """Return what ranks a beam: its score, plus the largest boost of the items below its prefix."""
+    if boosts_N is None:
+        return lambda beam: beam.score
+    largest = trie.largest_below(boosts_N)
+
+    def bound(beam: _Beam) -> float:
+        node = trie.root(1)
+        for level, code in enumerate(beam.codes):
+            children = trie.children(node, level)
+            node = children.states_RC[0][children.codes_RC[0] == code][:1]
+        # The sum is rounded as in the fast search.
+        return float(torch.tensor(beam.score) + torch.tensor(largest[int(node)]))
+
+    return bound
 
 
 def _tries_of_requests(trie: Trie, filters: Filters | None, num_requests: int) -> list[Trie]:
@@ -180,7 +223,7 @@ def _model_rows(fronts: list[list[_Beam]], last_count: int) -> tuple[Tensor, Ten
 
 
 def _extend(
-    trie: ConstraintIndex,
+    trie: Trie,
     front: list[_Beam],
     logits_WK: Tensor,
     level: int,
@@ -197,6 +240,10 @@ def _extend(
             continue
         if scoring == "renormalized":
             steps_C = logits_WK[w][codes_C].log_softmax(0)
+        elif trie.shared_vocabulary and beam.codes[-1:] == (END,):
+            steps_C = torch.zeros(1)
+        elif scoring == "raw":
+            steps_C = logits_WK[w][codes_C].clamp(max=0)
         else:
             steps_C = logits_WK[w].log_softmax(0)[codes_C]
         scores_C = torch.tensor(beam.score) + steps_C
@@ -208,7 +255,12 @@ def _extend(
 
 
 def _collect(
-    tries: list[Trie], fronts: list[list[_Beam]], pruned: list[float], k: int, num_levels: int
+    tries: list[Trie],
+    fronts: list[list[_Beam]],
+    pruned: list[float],
+    k: int,
+    num_levels: int,
+    bound: Callable[[_Beam], float],
 ) -> Beams:
     shape = len(fronts), k
     rows_Bk = torch.full(shape, NO_ROW, dtype=torch.int64)
@@ -217,9 +269,10 @@ def _collect(
     certified_B = torch.zeros(len(fronts), dtype=torch.bool)
     for b, (trie, front) in enumerate(zip(tries, fronts, strict=True)):
         rows = [int(trie.row(torch.tensor([beam.state]))) for beam in front]
-        ranked = sorted(zip(rows, front, strict=True), key=lambda pair: (-pair[1].score, pair[0]))
+        ranked = sorted(zip(rows, front, strict=True), key=lambda pair: (-bound(pair[1]), pair[0]))
         for i, (row, beam) in enumerate(ranked[:k]):
             rows_Bk[b, i], logprobs_Bk[b, i] = row, beam.score
             codes_BkL[b, i] = torch.tensor(beam.codes)
-        certified_B[b] = pruned[b] == -math.inf or float(logprobs_Bk[b, -1]) > pruned[b]
+        worst = bound(ranked[k - 1][1]) if len(ranked) >= k else -math.inf
+        certified_B[b] = pruned[b] == -math.inf or worst > pruned[b]
     return Beams(rows_Bk, logprobs_Bk, codes_BkL, certified_B)

@@ -9,6 +9,7 @@ Shapes: B requests, N items, L levels, R rows, K codes, k list length.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genrec.decoding.protocol import ConstraintIndex, Filters, StepModel
-from genrec.item_index import ItemIndex
+from genrec.decoding.protocol import ConstraintIndex, Filters, StepModel, speaker
+from genrec.item_index import END, ItemIndex
 
 
 def random_index(num_items: int, codebook_sizes: Sequence[int], seed: int = 0) -> ItemIndex:
@@ -35,6 +36,24 @@ def random_index(num_items: int, codebook_sizes: Sequence[int], seed: int = 0) -
     return ItemIndex(ids, codes_NL, tuple(codebook_sizes))
 
 
+def random_titles(num_items: int, num_words: int, num_levels: int, seed: int = 0) -> ItemIndex:
+    """Return items with unique random semantic IDs of 1 to L codes of one shared vocabulary.
+
+    Args:
+        num_items: at most this many items.
+        num_words: codes beside END (code 0).
+        num_levels: L.
+        seed: of the codes.
+    """
+    rng = np.random.default_rng(seed)
+    codes_ML = rng.integers(1, num_words + 1, (3 * num_items, num_levels))
+    lengths_M = rng.integers(1, num_levels + 1, len(codes_ML))
+    codes_ML[np.arange(num_levels) >= lengths_M[:, None]] = END
+    codes_NL = rng.permutation(np.unique(codes_ML, axis=0))[:num_items]
+    ids = tuple(f"item{row}" for row in range(len(codes_NL)))
+    return ItemIndex(ids, codes_NL, (num_words + 1,) * num_levels, shared_vocabulary=True)
+
+
 class TableModel:
     """A StepModel whose logits are a fixed random function of (request, prefix).
 
@@ -46,6 +65,8 @@ class TableModel:
         seed: another seed is another model.
         scale: standard deviation of the logits; larger is more certain.
         quantum: round logits to multiples of this, which makes exact ties; None: do not.
+        num_others: tokens that the model could say beside the codes of a level; they count in
+            `over_vocabulary` only.
     """
 
     def __init__(
@@ -55,19 +76,35 @@ class TableModel:
         seed: int = 0,
         scale: float = 1.0,
         quantum: float | None = None,
+        num_others: int = 0,
     ) -> None:
         self.codebook_sizes = tuple(codebook_sizes)
+        self.num_others, self.spans_vocabulary = num_others, False
         self.seed, self.scale, self.quantum = seed, scale, quantum
         self.rows_per_step: list[int] = []
         self._table: dict[tuple[int, ...], Tensor] = {}
 
+    def over_vocabulary(self) -> TableModel:
+        """Return the same model with log-probabilities over codes and other tokens."""
+        view = copy.copy(self)
+        view.spans_vocabulary = True
+        return view
+
     def logits(self, request: int, prefix: tuple[int, ...]) -> Tensor:
-        """Return the (K,) float32 logits after a prefix."""
+        """Return the (K,) float32 logits after a prefix, or log-probabilities of such a view."""
+        everything = self.all_logits(request, prefix)
+        if self.spans_vocabulary:
+            everything = everything.log_softmax(0)
+        return everything[: self.codebook_sizes[len(prefix)]]
+
+    def all_logits(self, request: int, prefix: tuple[int, ...]) -> Tensor:
+        """Return the (K + others,) float32 logits of all tokens after a prefix."""
         key = (request, *prefix)
         if key not in self._table:
             # The length is part of the seed: numpy ignores trailing zeros of a seed sequence.
             rng = np.random.default_rng([self.seed, len(prefix), *key])
-            values = rng.normal(0.0, self.scale, self.codebook_sizes[len(prefix)])
+            size = self.codebook_sizes[len(prefix)] + self.num_others
+            values = rng.normal(0.0, self.scale, size)
             if self.quantum is not None:
                 values = np.round(values / self.quantum) * self.quantum
             self._table[key] = torch.from_numpy(values.astype(np.float32))
@@ -99,6 +136,7 @@ def brute_force_logprobs(
     *,
     allowed_BN: np.ndarray | None = None,
     scoring: str = "renormalized",
+    shared_vocabulary: bool = False,
 ) -> np.ndarray:
     """Return the log-probability of every item by walking every item alone, (B, N) float64.
 
@@ -108,8 +146,10 @@ def brute_force_logprobs(
         codes_NL: the catalogue.
         allowed_BN: bool, the items that each request may get; others score -inf and their codes
             are not counted in the normalisation.
-        scoring: "renormalized" or "level".
+        scoring: "renormalized", "level" or "raw".
+        shared_vocabulary: what follows code 0 costs nothing.
     """
+    model = speaker(model, scoring)  # type: ignore[arg-type]
     logits_RK, state = model.begin(batch)
     num_requests, (num_items, num_levels) = len(logits_RK), codes_NL.shape
     allowed_BN = np.ones((num_requests, num_items), bool) if allowed_BN is None else allowed_BN
@@ -125,7 +165,12 @@ def brute_force_logprobs(
         values_RK = logits_RK.double().cpu().numpy()[rows]
         for b, n in zip(*np.nonzero(allowed_BN), strict=True):
             same = allowed_BN[b] & (codes_NL[:, :level] == codes_NL[n, :level]).all(1)
+            if shared_vocabulary and level and codes_NL[n, level - 1] == END:
+                continue
             row_K = values_RK[b * num_items + n]
+            if scoring == "raw":
+                scores_BN[b, n] += row_K[codes_NL[n, level]]
+                continue
             counted = np.unique(codes_NL[same, level]) if scoring == "renormalized" else slice(None)
             step = row_K[codes_NL[n, level]] - np.logaddexp.reduce(row_K[counted])
             scores_BN[b, n] += step
