@@ -93,19 +93,31 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
             value = yaml.load(raw, Loader=_YamlLoader) if raw else ""
         except yaml.YAMLError:
             value = raw
-        node = result
-        parts = key.split(".")
-        for part in parts[:-1]:
-            child = node.get(part)
-            if isinstance(child, str):
-                child = node[part] = {SHORTHANDS.get(part, "name"): child}
-            if child is None:
-                child = node[part] = {}
-            if not isinstance(child, dict):
-                raise ConfigError(f"override {item!r}: {part!r} is a value, not a section.")
-            node = child
-        node[parts[-1]] = value
+        _set(result, key, value, item)
     return result
+
+
+def apply_settings(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of `data` with dotted keys set to values (plain YAML/JSON types)."""
+    result = json.loads(json.dumps(data))
+    for key, value in settings.items():
+        _set(result, key, value, key)
+    return result
+
+
+def _set(result: dict[str, Any], key: str, value: Any, item: str) -> None:
+    node = result
+    parts = key.split(".")
+    for part in parts[:-1]:
+        child = node.get(part)
+        if isinstance(child, str):
+            child = node[part] = {SHORTHANDS.get(part, "name"): child}
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {item!r}: {part!r} is a value, not a section.")
+        node = child
+    node[parts[-1]] = value
 
 
 def parse(model: type[ConfigT], data: Mapping[str, Any], *, path: str = "") -> ConfigT:
@@ -171,6 +183,9 @@ def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
             f"{dotted}: unknown key.{nearest(location[-1], keys)} "
             f"Valid keys here: {', '.join(keys)}."
         )
+    cause = item.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):  # a section checked by a validator: its paths start here
+        return "\n".join(f"{dotted}.{line}" for line in str(cause).splitlines())
     if item["type"] == "missing":
         return f"{dotted}: missing. Set it in the file or as {dotted}=value."
     got = item["input"]
@@ -179,6 +194,8 @@ def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
 
 def _model_at(model: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
     for part in location:
+        if part.isdigit():  # a place in a list of sections
+            continue
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
         candidates = [annotation, *getattr(annotation, "__args__", ())]

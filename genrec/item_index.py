@@ -8,7 +8,7 @@ Shapes: N items, M queried items, L levels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -261,12 +261,27 @@ class ItemIndex:
             self.shared_vocabulary,
         )
 
-    def save(self, path: str | Path, *, upstream: dict[str, str] | None = None) -> None:
-        """Write the index as an artifact folder."""
+    def save(
+        self,
+        path: str | Path,
+        *,
+        upstream: dict[str, str] | None = None,
+        config: Mapping[str, Any] | None = None,
+        arrays: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Write the index as an artifact folder.
+
+        Args:
+            path: folder to create or replace.
+            upstream: fingerprints of what it was made from.
+            config: how it was made (JSON types); not part of the index's own fingerprint.
+            arrays: more to keep beside the codes.
+        """
         save_artifact(
             path,
             kind="index",
-            arrays={"codes": self.codes},
+            arrays={**(arrays or {}), "codes": self.codes},
+            config=config,
             upstream=upstream,
             extra={
                 "item_ids": list(self.item_ids),

@@ -64,6 +64,7 @@ def test_prepare_passes_every_choice_on(run, events, tmp_path):
     assert dataset.info["filters"] == {
         "min_user_interactions": 2,
         "min_item_interactions": 1,
+        "sample_users": None,
         "rating_threshold": 2.0,
         "bad_rows": "skip",
     }

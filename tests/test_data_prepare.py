@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from genrec.data import TEST, TRAIN, VALID, Dataset
 from genrec.data.events import Events
 from genrec.data.filters import chronological, keep_core, keep_duplicates, tie_statistics
-from genrec.data.prepare import PrepareConfig, prepare
+from genrec.data.prepare import PrepareConfig, make_source, prepare
 from genrec.data.splits import global_time, leave_one_out
-from genrec.errors import ConfigError, UserError
+from genrec.errors import AssetError, ConfigError, UserError
 
 HEADER = "user_id,item_id,rating,timestamp\n"
 
@@ -79,10 +79,26 @@ def test_counts_add_up(tmp_path):
     rows = [*ROWS, ("bad", "", 5, 1)]
     chosen = config(rating_threshold=2, bad_rows="skip", min_user_interactions=2)
     counts = prepare(raw(tmp_path, rows), chosen).info["counts"]
-    drops = ("bad_rows", "below_rating", "duplicates", "k_core")
+    drops = ("bad_rows", "below_rating", "duplicates", "sampling", "k_core")
     assert counts["read"] == 7
-    assert [counts[f"dropped_{drop}"] for drop in drops] == [1, 1, 1, 1]
+    assert [counts[f"dropped_{drop}"] for drop in drops] == [1, 1, 1, 0, 1]
     assert counts["kept"] == 3 == counts["train"] + counts["valid"] + counts["test"]
+
+
+def test_a_sample_of_users_depends_on_their_ids_alone(tmp_path):
+    rows = [(f"u{n}", f"i{k}", 1, k) for n in range(20) for k in range(3)]
+    found = {}
+    for size in (5, 9, 50):
+        for name, order in (("a.csv", rows), ("b.csv", rows[::-1])):
+            source = raw(tmp_path, order, name=name)
+            users = tmp_path / "users.csv"
+            dataset = prepare(source, config(sample_users=size), user_map=users)
+            found[size, name] = {line.split(",")[0] for line in users.read_text().split()[1:]}
+            sampled_out = 3 * (20 - min(size, 20))
+            assert dataset.info["counts"]["dropped_sampling"] == sampled_out
+    assert [len(found[size, "a.csv"]) for size in (5, 9, 50)] == [5, 9, 20]
+    assert all(found[size, "a.csv"] == found[size, "b.csv"] for size in (5, 9, 50))
+    assert found[5, "a.csv"] < found[9, "a.csv"]
 
 
 def test_ties_by_file_and_by_hash(tmp_path):
@@ -292,6 +308,7 @@ def test_manifest_records_every_choice(tmp_path):
     assert info["filters"] == {
         "min_user_interactions": 1,
         "min_item_interactions": 1,
+        "sample_users": None,
         "rating_threshold": 2.0,
         "bad_rows": "error",
     }
@@ -329,3 +346,15 @@ def test_choices_that_contradict_each_other(tmp_path):
         prepare(source, config(split="global_time", valid_fraction=0.5, test_fraction=0.5))
     with pytest.raises(ConfigError, match=r"a hash would destroy. Use ties=file"):
         prepare({**source, "timestamp": None}, config(ties="hash"))
+
+
+def test_a_path_may_name_an_asset(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENREC_ASSETS", str(tmp_path))
+    with pytest.raises(AssetError, match="genrec assets fetch ml-100k"):
+        make_source({"name": "recbole", "path": "asset:ml-100k"})
+    inside = tmp_path / "recbole/dataset_example/ml-100k"
+    inside.mkdir(parents=True)
+    (inside / "ml-100k.inter").write_text("x")
+    source = make_source({"name": "recbole", "path": "asset:ml-100k"})
+    assert source.config.path == inside
+    assert source.options()["path"] == "ml-100k"

@@ -61,7 +61,7 @@ def third_party(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def test_every_import_is_declared(root: Path, project: dict[str, Any]) -> None:
-    declared = names(requirements(project, "text", "plots"))
+    declared = names(requirements(project, "text", "plots", "images"))
     found = set(third_party(root))
     assert found
     assert not {(where, name) for where, name in found if name not in declared}

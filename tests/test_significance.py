@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from genrec.errors import UserError
-from genrec.evaluation.significance import mean_ci, paired_bootstrap, per_user
+from genrec.evaluation.significance import holm, mean_ci, paired_bootstrap, per_user
 
 
 def hits(share: float, users: int, seed: int) -> np.ndarray:
@@ -94,3 +94,10 @@ def test_swapping_the_systems_flips_the_sign():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_holm_by_hand():
+    # 4 tests: .01 x 4, .02 x 3, then never below what came before: .03 x 2 = .06, .04 -> .06
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == [] and holm([0.2]) == [0.2]

@@ -12,7 +12,7 @@ import sys
 import typer
 
 from genrec import __version__
-from genrec.cli import baselines, data, demo, inspect, recommend, run, stages
+from genrec.cli import ablate, baselines, data, demo, inspect, recommend, run, stages
 from genrec.errors import GenrecError
 from genrec.runtime import process_index
 
@@ -47,7 +47,7 @@ def build_app() -> typer.Typer:
         """Generative recommendation built around item tokenization."""
         _set_up_logging(quiet)
 
-    for group in (demo, run, data, stages, recommend, inspect, baselines):
+    for group in (demo, run, data, stages, recommend, inspect, baselines, ablate):
         group.register(app)
     return app
 

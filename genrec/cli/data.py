@@ -55,6 +55,10 @@ def prepare(
         str | None,
         typer.Option(help="first, last or keep: repeated (user, item) events. [default: first]"),
     ] = None,
+    sample_users: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep this many users, chosen by a hash of their ids."),
+    ] = None,
     ties: Annotated[
         str | None,
         typer.Option(
@@ -153,6 +157,7 @@ def prepare(
         "min_user_interactions": min_user if min_user is not None else k_core,
         "min_item_interactions": min_item if min_item is not None else k_core,
         "rating_threshold": min_rating,
+        "sample_users": sample_users,
         "duplicates": duplicates,
         "ties": ties,
         "split": split,

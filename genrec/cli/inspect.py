@@ -1,7 +1,7 @@
 """`genrec inspect`: what an artifact is, what it was made from, and what its codes are like.
 
-It reads and never changes anything. Figures that need a tokenizer and vectors (reconstruction,
-neighbours) are printed where they are computed, by `genrec tokenize`.
+It reads and never changes anything. `inspect PATH` looks at an artifact alone and is quick;
+`inspect tokens PATH` gathers tokenizer, vectors and interactions for the whole truth about codes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from genrec.cli.common import JSON, print_json, print_table
+from genrec.cli.common import CACHE, JSON, print_json, print_table
 
 if TYPE_CHECKING:
     from genrec.item_index import ItemIndex
 
 MAX_SHOWN = 60
 NUM_BRANCHES, NUM_EXAMPLES = 5, 4
+PAGE = "tokens.html"
+MAPS = ("pca", "tsne")
 
 
 def register(app: typer.Typer) -> None:
@@ -25,17 +27,92 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def inspect(
-        path: Path = typer.Argument(help="Any folder that genrec wrote, e.g. runs/demo/bundle."),
+        what: str = typer.Argument(
+            metavar="[tokens] PATH", help="Any folder that genrec wrote, e.g. runs/demo/bundle."
+        ),
+        path: Path = typer.Argument(None, hidden=True),
+        dataset: Path = typer.Option(
+            None, "--dataset", help="tokens: prepared data set, for training co-occurrence."
+        ),
+        vectors: Path = typer.Option(
+            None, "--vectors", help="tokens: vectors of the items; default: cached or made again."
+        ),
+        plots: Path = typer.Option(
+            None, "--plots", help="tokens: folder for tokens.html (pictures) and tokens.json."
+        ),
+        map_method: str = typer.Option("pca", "--map", help="tokens: pca, or tsne (slow)."),
+        cache: Path = CACHE,
         as_json: bool = JSON,
     ) -> None:
-        """Show what an artifact is; for an index or a bundle also its codes."""
-        report = describe(path)
-        if as_json:
-            print_json(report)
+        """Show what an artifact is; `inspect tokens PATH`: all about the codes of its items."""
+        if path is None:
+            report = describe(Path(what))
+            if as_json:
+                print_json(report)
+                return
+            _print_facts(report)
+            if "tokens" in report:
+                _print_tokens(report["tokens"])
             return
-        _print_facts(report)
-        if "tokens" in report:
-            _print_tokens(report["tokens"])
+        found = inspect_tokens(
+            what,
+            path,
+            dataset=dataset,
+            vectors=vectors,
+            cache=cache,
+            plots=plots,
+            map_method=map_method,
+        )
+        if as_json:
+            print_json(found)
+            return
+        from genrec.cli.tokens import print_token_report
+
+        print_token_report(found)
+        if plots is not None:
+            typer.echo(f"pictures: {plots / PAGE}")
+
+
+def inspect_tokens(
+    what: str,
+    path: Path,
+    *,
+    dataset: Path | None = None,
+    vectors: Path | None = None,
+    cache: Path | None = None,
+    plots: Path | None = None,
+    map_method: str = "pca",
+) -> dict[str, Any]:
+    """Return all figures of an index, and write the pictures where asked for.
+
+    Raises:
+        UserError: a word other than "tokens", an unknown map, or no index at `path`.
+    """
+    from genrec.artifacts import write_json_atomic
+    from genrec.errors import UserError
+
+    if what != "tokens":
+        raise UserError(
+            f"inspect: got {what!r} before the path, expected `genrec inspect PATH` or `genrec "
+            "inspect tokens PATH`."
+        )
+    if map_method not in MAPS:
+        raise UserError(f"--map: got {map_method!r}, expected one of {', '.join(MAPS)}.")
+    from genrec.pipeline.tokens import gather
+
+    sources = gather(path, dataset=dataset, vectors=vectors, cache=cache)
+    report = {"path": str(path), **sources.report()}
+    if plots is not None:
+        from genrec.evaluation.token_plots import write_token_page
+
+        found = sources.points("tsne" if map_method == "tsne" else "pca")
+        firsts = sources.built.index.codes[:, 0]
+        points = None if found is None else (found[0], firsts[found[1]])
+        write_token_page(
+            plots / PAGE, report, usage=sources.usage(), points=points, method=map_method
+        )
+        write_json_atomic(plots / "tokens.json", report)
+    return report
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -77,7 +154,10 @@ def describe_tokens(folder: Path) -> dict[str, Any]:
         "num_levels": index.num_levels,
         "codebook_sizes": list(index.codebook_sizes),
         "num_tokens": index.num_tokens,
-        "levels": level_figures(index.codes, index.codebook_sizes),
+        "shared_vocabulary": index.shared_vocabulary,
+        "levels": level_figures(
+            index.codes, index.codebook_sizes, shared_vocabulary=index.shared_vocabulary
+        ),
         "prefixes": prefix_figures(index.codes),
         "branches": _branches(index, _titles(folder)),
     }
@@ -163,24 +243,13 @@ def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _print_tokens(tokens: dict[str, Any]) -> None:
+    from genrec.cli.tokens import print_levels
+
     title = (
         f"{tokens['num_items']} items, {tokens['num_levels']} levels, "
         f"{tokens['num_tokens']} tokens, index {tokens['index_fingerprint'][:12]}"
     )
-    columns = ["level", "codes used", "perplexity", "entropy", "prefixes", "largest", "sharing"]
-    rows = [
-        [
-            str(level["level"]),
-            f"{level['used']} of {level['codebook_size']}",
-            f"{level['perplexity']:.1f}",
-            f"{level['entropy']:.3f}",
-            str(prefix["num_distinct"]),
-            str(prefix["largest_group"]),
-            f"{prefix['share_of_items_sharing']:.1%}",
-        ]
-        for level, prefix in zip(tokens["levels"], tokens["prefixes"], strict=True)
-    ]
-    print_table(title, columns, rows)
+    print_levels(tokens, title)
     branches = [
         [
             "-".join(map(str, branch["prefix"])),

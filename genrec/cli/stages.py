@@ -18,6 +18,7 @@ from genrec.cli.common import (
     print_results,
     print_table,
 )
+from genrec.cli.tokenize import tokenize
 
 DATASET = typer.Argument(help="Folder that `genrec prepare` wrote.")
 OUT = typer.Option(..., "--out", help="Folder to write.")
@@ -46,50 +47,31 @@ def embed(
     config: Path = CONFIG,
     as_json: bool = JSON,
 ) -> None:
-    """Turn the catalogue's texts into vectors."""
+    """Turn items into vectors; a killed call goes on where it was, processes share the work."""
     from genrec.artifacts import load_artifact
     from genrec.data import Dataset
     from genrec.features import FEATURES
     from genrec.pipeline import stages
+    from genrec.pipeline.run import make_accelerator
 
     chosen = load_config(config, overrides, data=str(dataset)).features
-    catalog = Dataset.load(dataset).catalog
+    loaded, accelerator = Dataset.load(dataset), make_accelerator()
     resolved = stages.component(FEATURES, chosen)(chosen).resolve()
-    stages.embed(out, catalog, resolved)
-    artifact = load_artifact(out, kind="vectors")
-    num_items, width = artifact.arrays["vectors"].shape
-    _done(as_json, out, artifact.fingerprint, items=num_items, width=width, **resolved.to_dict())
-
-
-def tokenize(
-    dataset: Path = DATASET,
-    overrides: list[str] = OVERRIDES,
-    vectors: Path = typer.Option(..., "--vectors", help="Folder that `genrec embed` wrote."),
-    out: Path = OUT,
-    config: Path = CONFIG,
-    seed: int = SEED,
-    as_json: bool = JSON,
-) -> None:
-    """Fit a tokenizer and give every item its codes: OUT/tokenizer and OUT/index."""
-    from genrec.artifacts import load_artifact
-    from genrec.data import Dataset
-    from genrec.item_index import ItemIndex
-    from genrec.pipeline import stages
-
-    resolved = load_config(config, overrides, data=str(dataset))
-    loaded, artifact = Dataset.load(dataset), load_artifact(vectors, kind="vectors")
-    catalog = stages.add_vectors(loaded.catalog, artifact)
-    chosen = stages.with_seed(resolved.tokenizer, seed)
-    upstream = {
-        "vectors": artifact.fingerprint,
-        "interactions": loaded.interactions.training().fingerprint,
-    }
-    stages.fit_tokenizer(out / "tokenizer", catalog, loaded.interactions, chosen, upstream)
-    tokenizer = load_artifact(out / "tokenizer", kind="tokenizer")
-    stages.build_index(out / "index", tokenizer, catalog, resolved.index.collisions)
-    index = ItemIndex.load(out / "index")
-    figures = stages.describe_index(tokenizer, index, catalog)
-    _done(as_json, out, index.fingerprint, **figures)
+    together = stages.component(FEATURES, resolved)(resolved).shares_work
+    if together or accelerator.is_main_process:
+        stages.embed(
+            out,
+            loaded.catalog,
+            resolved,
+            interactions=loaded.interactions,
+            accelerator=accelerator,
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        artifact = load_artifact(out, kind="vectors")
+        num_items, width = artifact.arrays["vectors"].shape
+        facts = {"items": num_items, "width": width, **resolved.to_dict()}
+        _done(as_json, out, artifact.fingerprint, **facts)
 
 
 def train(

@@ -43,6 +43,23 @@ def keep_duplicates(
     return keep
 
 
+def keep_users(events: Events, count: int) -> np.ndarray:
+    """Return the mask (M,) of the events of `count` users: those whose ids have the smallest MD5.
+
+    The choice depends on the ids alone, not on the order of the file or on what users did; a
+    larger sample holds the smaller one.
+    """
+    present = np.unique(events.user_codes)
+    digests = [
+        hashlib.md5(events.user_ids[code].encode(), usedforsecurity=False).digest()
+        for code in present
+    ]
+    order = sorted(range(len(present)), key=digests.__getitem__)[:count]
+    chosen = np.zeros(len(events.user_ids), dtype=bool)
+    chosen[present[order]] = True
+    return chosen[events.user_codes]
+
+
 def keep_core(
     user_codes: np.ndarray, item_codes: np.ndarray, min_user: int, min_item: int
 ) -> tuple[np.ndarray, int]:

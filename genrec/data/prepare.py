@@ -18,19 +18,27 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
+from genrec import assets
 from genrec.artifacts import fingerprint, write_text_atomic
 from genrec.config import StrictConfig, parse_component
 from genrec.data import splits
 from genrec.data.catalog import ITEM_ID, Catalog
 from genrec.data.dataset import Dataset
 from genrec.data.events import Events, read_events
-from genrec.data.filters import chronological, keep_core, keep_duplicates, tie_statistics
+from genrec.data.filters import (
+    chronological,
+    keep_core,
+    keep_duplicates,
+    keep_users,
+    tie_statistics,
+)
 from genrec.data.interactions import SPLITS, Interactions
 from genrec.data.source import Source, SourceConfig
 from genrec.errors import ConfigError, DataError, UserError
 from genrec.runtime import get_logger, load_object, progress
 
 logger = get_logger("data.prepare")
+ASSET = "asset:"
 
 
 class PrepareConfig(StrictConfig):
@@ -42,6 +50,9 @@ class PrepareConfig(StrictConfig):
     """k-core: users with fewer are dropped (5 in the field's protocol)."""
     min_item_interactions: int = Field(default=5, ge=1)
     """k-core: items with fewer are dropped (5 in the field's protocol)."""
+    sample_users: int | None = Field(default=None, ge=1)
+    """Keep this many users, those whose ids have the smallest MD5 (before the k-core); for quick
+    comparisons on large data. null: all users."""
     rating_threshold: float | None = None
     """Events rated lower are left out; null: keep all."""
     duplicates: Literal["first", "last", "keep"] = "first"
@@ -62,17 +73,25 @@ class PrepareConfig(StrictConfig):
 def make_source(config: Source | SourceConfig | Mapping[str, Any]) -> Source:
     """Return the source for a config object, or for a mapping such as {"name": ..., "path": ...}.
 
+    A path such as "asset:ml-100k" names an asset (`genrec assets`), wherever it lies.
+
     Raises:
+        AssetError: the asset is not on this machine; the message says how to get it.
         ConfigError: unknown source or key, with the nearest name.
     """
     from genrec.data import SOURCES
 
     if isinstance(config, Source):
         return config
+    parsed: StrictConfig
     if isinstance(config, SourceConfig):
-        cls = load_object(SOURCES[config.to_dict()["name"]])
-        return cls(config)
-    cls, parsed = parse_component(SOURCES, config, path="source")
+        cls, parsed = load_object(SOURCES[config.to_dict()["name"]]), config
+    else:
+        cls, parsed = parse_component(SOURCES, config, path="source")
+    assert isinstance(parsed, SourceConfig)
+    asset = str(parsed.path).removeprefix(ASSET)
+    if asset != str(parsed.path):
+        parsed = parsed.model_copy(update={"path": assets.resolve(asset)})
     return cls(parsed)
 
 
@@ -187,12 +206,15 @@ def _filter(
     if not keep.all():
         events = events.select(keep)
     num_unique = len(events)
+    if config.sample_users is not None:
+        events = events.select(keep_users(events, config.sample_users))
+    num_sampled = len(events)
     least = (config.min_user_interactions, config.min_item_interactions)
     keep, passes = keep_core(events.user_codes, events.item_codes, *least)
     if not keep.any():
         raise DataError(
-            f"nothing is left: of {num_unique} interactions ({num_users} users, {num_items} items) "
-            f"none is in the core of users with at least {least[0]} and items with at least "
+            f"nothing is left: of {num_sampled} interactions ({num_users} users, {num_items} "
+            f"items) none is in the core of users with at least {least[0]} and items with at least "
             f"{least[1]} interactions. Lower min_user_interactions and min_item_interactions "
             "(--k-core 1 keeps all), or check that the user and item columns are the right ones."
         )
@@ -203,7 +225,8 @@ def _filter(
         "dropped_bad_rows": sum(facts["bad_rows"].values()),
         "dropped_below_rating": facts["below_rating"],
         "dropped_duplicates": num_read - num_unique,
-        "dropped_k_core": num_unique - len(events),
+        "dropped_sampling": num_unique - num_sampled,
+        "dropped_k_core": num_sampled - len(events),
         "k_core_passes": passes,
         "users_before_k_core": num_users,
         "items_before_k_core": num_items,
@@ -293,6 +316,7 @@ def _description(
         "filters": {
             "min_user_interactions": config.min_user_interactions,
             "min_item_interactions": config.min_item_interactions,
+            "sample_users": config.sample_users,
             "rating_threshold": config.rating_threshold,
             "bad_rows": config.bad_rows,
         },

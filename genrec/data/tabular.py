@@ -144,20 +144,21 @@ class Tabular(Source):
             columns=wanted,
         )
 
-    def items(self, wanted: Collection[str]) -> pl.DataFrame | None:
-        """See `Source.items`."""
+    def items(self, wanted: Collection[str] | None) -> pl.DataFrame | None:
+        """See `Source.items`; None wants every item."""
         config = self.config
         if config.items is None:
             return None
         key = config.items_id or config.item
-        keep, seen, file = set(wanted), dict[str, None](), RawFile(config.items)
+        keep = None if wanted is None else set(wanted)
+        seen, file = dict[str, None](), RawFile(config.items)
         rows = []
         for row, record in self._item_records(file):
             seen |= dict.fromkeys(record)
             if record.get(key) in (None, ""):
                 require_columns(file, [key], list(record))
                 raise DataError(f"{file.name}: row {row}: it has no {key!r}. Correct the row.")
-            if as_text(record[key]) in keep:
+            if keep is None or as_text(record[key]) in keep:
                 rows.append(self._renamed(record, key))
         named = [config.title] if config.title not in (None, "title") else []
         require_columns(file, [*named, *(config.columns or ())], list(seen))

@@ -143,6 +143,61 @@ def reliability_diagram(
     return _svg(figure, name)
 
 
+def intervals(
+    points: Sequence[tuple[str, float, Sequence[float]]],
+    lines: Mapping[str, float],
+    label: str,
+    name: str,
+) -> str:
+    """Draw one value with its interval per name, best at the top, and reference lines.
+
+    Args:
+        points: (name, value, [low, high]).
+        lines: name -> value of a reference.
+        label: of the axis.
+        name: prefix of ids inside the picture, unique in the page.
+    """
+    points = sorted(points, key=lambda point: point[1])
+    figure, (axis,) = _figure(1, 1.0 + 0.28 * len(points))
+    for place, (_, value, (low, high)) in enumerate(points):
+        axis.plot([low, high], [place, place], color=_SERIES[0], linewidth=1.6)
+        axis.plot([value], [place], color=_SERIES[0], marker="o", markersize=5)
+    for number, (text, value) in enumerate(lines.items()):
+        style = {"color": _SERIES[1 + number % 4], "linestyle": _DASHES[1 + number % 3]}
+        axis.axvline(value, linewidth=1.2, label=text.replace("_", " "), **style)
+    axis.set_yticks(range(len(points)), [point[0].replace("$", r"\$") for point in points])
+    axis.set_xlabel(label)
+    if lines:
+        axis.legend(frameon=False, labelcolor=_TEXT, fontsize=_FONT - 1, loc="lower right")
+    return _svg(figure, name)
+
+
+def metric_against(
+    points: Sequence[tuple[float, float, Sequence[float]]], axis_label: str, label: str, name: str
+) -> str:
+    """Draw a metric against a setting: every cell with its interval, and the mean per value.
+
+    Args:
+        points: (setting, value, [low, high]).
+        axis_label: what the setting is.
+        label: what the metric is.
+        name: prefix of ids inside the picture, unique in the page.
+    """
+    figure, (axis,) = _figure(1, 3.0)
+    settings = sorted({float(x) for x, _, _ in points})
+    places = {x: place for place, x in enumerate(settings)}
+    for x, value, (low, high) in points:
+        place = places[float(x)]
+        axis.plot([place, place], [low, high], color=_SERIES[4], linewidth=1.0)
+        axis.plot([place], [value], color=_SERIES[4], marker="o", markersize=3)
+    means = [np.mean([value for x, value, _ in points if float(x) == s]) for s in settings]
+    axis.plot(range(len(settings)), means, color=_SERIES[0], marker="o", markersize=5)
+    axis.set_xticks(range(len(settings)), [f"{s:g}" for s in settings])
+    axis.set_xlabel(axis_label)
+    axis.set_ylabel(label)
+    return _svg(figure, name)
+
+
 def _figure(rows: int, height: float, *, ratios: Sequence[float] = ()) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 

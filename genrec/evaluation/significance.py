@@ -14,6 +14,7 @@ Shapes: S seeds, U users.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -119,6 +120,17 @@ def paired_bootstrap(
         ci=[float(low), float(high)],
         p=float(min(1.0, 2 * (tail + 1) / (num_samples + 1))),
     )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for testing them together (Holm 1979), in the given order."""
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.empty(len(p_values))
+    highest = 0.0
+    for place, which in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * float(p_values[which])))
+        corrected[which] = highest
+    return corrected.tolist()
 
 
 def _resampled_means(values_U: np.ndarray, seed: int, num_samples: int) -> np.ndarray:

@@ -20,16 +20,10 @@ from genrec.data.prepare import PrepareConfig
 from genrec.errors import ConfigError, nearest
 from genrec.features import FEATURES
 from genrec.models import BACKBONES
+from genrec.pipeline.indexing import IndexConfig
 from genrec.tokenizers import TOKENIZERS
 from genrec.trainers import TRAINERS
 from genrec.trainers.tracking import TrackingConfig
-
-
-class IndexConfig(StrictConfig):
-    """How codes become an index."""
-
-    collisions: str = "extra_level"
-    """Policy for items with equal codes (see docs/tokenizers.md)."""
 
 
 class DecodingConfig(StrictConfig):

@@ -40,6 +40,7 @@ from genrec.item_index import ItemIndex
 from genrec.pipeline import results, stages
 from genrec.pipeline.cache import StageCache
 from genrec.pipeline.config import RunConfig
+from genrec.tokenizers import TOKENIZERS
 
 log = runtime.get_logger(__name__)
 
@@ -104,6 +105,7 @@ class Run:
         catalog = self.embed(dataset)
         runs = [self.one_seed(dataset, catalog, seed) for seed in self.config.seeds]
         baselines = self.baselines(dataset)
+        tokens = self.tokens(catalog, runs[0])
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return {}
@@ -111,6 +113,7 @@ class Run:
         self._write_bundle(dataset, runs[0])
         found = self._results(dataset, runs, baselines, begun)
         found["features"] = self.features
+        found["tokens"] = tokens
         found["doctor"] = [asdict(finding) for finding in findings]
         shown = results.samples(self.out / "bundle", dataset)
         found["samples"] = [asdict(sample) for sample in shown]
@@ -197,17 +200,35 @@ class Run:
         return findings
 
     def embed(self, dataset: Dataset) -> Catalog:
-        """Return the catalogue with its vectors."""
+        """Return the catalogue with its vectors, or without where the tokenizer reads none."""
+        catalog = dataset.catalog
+        wanted: Any = self.config.tokenizer
+        if "vectors" not in stages.component(TOKENIZERS, wanted)(wanted).needs:
+            log.info("embed: left out, tokenizer %s reads no vectors.", wanted.name)
+            self.features = {"name": None}
+            return catalog
         chosen: Any = self.config.features
         resolved = stages.component(FEATURES, chosen)(chosen).resolve()
         self.features = resolved.to_dict()
-        catalog = dataset.catalog
+        extractor = stages.component(FEATURES, resolved)(resolved)
+        key = {"catalog": catalog.fingerprint, "features": resolved.to_dict()}
+        if read := extractor.reads(catalog):
+            key["reads"] = read
+        if extractor.needs_interactions:
+            key["interactions"] = dataset.interactions.training().fingerprint
         artifact = self.cache.get(
             "vectors",
             "vectors",
-            {"catalog": catalog.fingerprint, "features": resolved.to_dict()},
-            lambda path: stages.embed(path, catalog, resolved),
+            key,
+            lambda path: stages.embed(
+                path,
+                catalog,
+                resolved,
+                interactions=dataset.interactions,
+                accelerator=self.accelerator,
+            ),
             label="embed",
+            together=extractor.shares_work,
         )
         return stages.add_vectors(catalog, artifact)
 
@@ -216,6 +237,12 @@ class Run:
         tokenizer, index_artifact = self.tokenize(dataset, catalog, seed)
         index = ItemIndex.load(index_artifact.path)
         model = self.train(dataset, index, seed)
+        alternation = getattr(self.config.tokenizer, "alternation", None)
+        for number in range(1, 1 + (alternation.rounds if alternation else 0)):
+            tokenizer = self.refine(dataset, catalog, tokenizer, index, model, number, seed)
+            index_artifact = self.index(dataset, catalog, tokenizer, f"seed {seed}, {number}")
+            index = ItemIndex.load(index_artifact.path)
+            model = self.train(dataset, index, seed)
         lists: dict[str, dict[str, Artifact]] = {"valid": {}, "test": {}}
         for split in ("valid", "test"):
             for masked in self.config.evaluation.masked:
@@ -227,11 +254,12 @@ class Run:
     def tokenize(self, dataset: Dataset, catalog: Catalog, seed: int) -> tuple[Artifact, Artifact]:
         """Return the fitted tokenizer and the index of the catalogue."""
         config = stages.with_seed(self.config.tokenizer, seed)
-        assert catalog.vectors is not None
         upstream = {
-            "vectors": fingerprint(catalog.vectors),
+            "catalog": catalog.fingerprint,
             "interactions": dataset.interactions.training().fingerprint,
         }
+        if catalog.vectors is not None:
+            upstream["vectors"] = fingerprint(catalog.vectors)
         tokenizer = self.cache.get(
             "tokenizer",
             "tokenizer",
@@ -241,15 +269,67 @@ class Run:
             ),
             label=f"tokenize (seed {seed})",
         )
-        collisions = self.config.index.collisions
-        index = self.cache.get(
+        return tokenizer, self.index(dataset, catalog, tokenizer, f"seed {seed}")
+
+    def index(
+        self, dataset: Dataset, catalog: Catalog, tokenizer: Artifact, label: str
+    ) -> Artifact:
+        """Return the index that a tokenizer gives the catalogue."""
+        options, features = self.config.index, dict(self.features)
+        return self.cache.get(
             "index",
             "index",
-            {**upstream, "tokenizer": tokenizer.fingerprint, "collisions": collisions},
-            lambda path: stages.build_index(path, tokenizer, catalog, collisions),
-            label=f"index (seed {seed})",
+            {
+                "catalog": catalog.fingerprint,
+                "vectors": None if catalog.vectors is None else fingerprint(catalog.vectors),
+                "interactions": dataset.interactions.training().fingerprint,
+                "tokenizer": tokenizer.fingerprint,
+                "options": options.to_dict(),
+                "features": features,
+            },
+            lambda path: stages.build_index(
+                path,
+                tokenizer,
+                catalog,
+                options,
+                features=features,
+                interactions=dataset.interactions,
+            ),
+            label=f"index ({label})",
         )
-        return tokenizer, index
+
+    def refine(
+        self,
+        dataset: Dataset,
+        catalog: Catalog,
+        tokenizer: Artifact,
+        index: ItemIndex,
+        model: Artifact,
+        number: int,
+        seed: int,
+    ) -> Artifact:
+        """Return a tokenizer whose generator has learned from the recommender (IDGenRec)."""
+        return self.cache.get(
+            "tokenizer",
+            "tokenizer",
+            {"tokenizer": tokenizer.fingerprint, "model": model.fingerprint, "round": number},
+            lambda path: stages.refine_tokenizer(
+                path, tokenizer, index, model, catalog, dataset.interactions, number
+            ),
+            label=f"alternate (seed {seed}, {number})",
+        )
+
+    def tokens(self, catalog: Catalog, run: SeedRun) -> dict[str, Any]:
+        """Return collision and usage figures of one seed's index (docs/tokenizers.md)."""
+        assert run.tokenizer is not None
+        tokenizer, index = run.tokenizer, ItemIndex.load(run.index.path)
+        figures = self.cache.get(
+            "tokens",
+            "tokens",
+            {"tokenizer": tokenizer.fingerprint, "index": index.fingerprint},
+            lambda path: stages.write_token_figures(path, tokenizer, index, catalog),
+        )
+        return dict(figures.extra)
 
     def train(self, dataset: Dataset, index: ItemIndex, seed: int) -> Artifact:
         """Return the trained model."""

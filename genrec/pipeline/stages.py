@@ -25,14 +25,17 @@ from genrec.config import StrictConfig
 from genrec.data import Catalog, Dataset, Interactions
 from genrec.data.interactions import SplitName
 from genrec.decoding import CSRIndex
-from genrec.errors import DataError, MismatchError
+from genrec.errors import DataError, MismatchError, UserError
 from genrec.evaluation import metrics
 from genrec.evaluation.evaluator import evaluate_scores
 from genrec.evaluation.reliability import compare_reliability
 from genrec.features import FEATURES
+from genrec.features.base import Workplace
 from genrec.inference import RankedLists, search
 from genrec.item_index import ItemIndex
 from genrec.models.baselines import BASELINES
+from genrec.pipeline import indexing
+from genrec.pipeline.indexing import IndexConfig
 from genrec.tokenizers import TOKENIZERS
 from genrec.tokenizers.base import ItemTokenizer
 from genrec.tokenizers.diagnostics import diagnose
@@ -40,6 +43,8 @@ from genrec.trainers import TRAINERS
 from genrec.trainers.batching import TrainingExamples
 from genrec.trainers.tracking import Trackers, TrackingConfig, open_trackers
 from genrec.trainers.validation import Validator
+
+log = runtime.get_logger(__name__)
 
 RELIABILITY_K = 10
 
@@ -58,16 +63,48 @@ def with_seed(config: StrictConfig, seed: int) -> StrictConfig:
 # -- vectors and index ------------------------------------------------------------------------
 
 
-def embed(path: Path, catalog: Catalog, config: Any) -> None:
-    """Write the vectors of a catalogue (artifact "vectors")."""
-    vectors = component(FEATURES, config)(config).embed(catalog)
-    save_artifact(
-        path,
-        kind="vectors",
-        arrays={"vectors": np.asarray(vectors, np.float32)},
-        config=config.to_dict(),
-        upstream={"catalog": catalog.fingerprint},
-    )
+def embed(
+    path: Path,
+    catalog: Catalog,
+    config: Any,
+    *,
+    interactions: Interactions | None = None,
+    accelerator: Accelerator | None = None,
+) -> None:
+    """Write the vectors of a catalogue (artifact "vectors"); several processes share the work.
+
+    Finished parts lie in `<path>.work` until the vectors are written; a killed call goes on from
+    there.
+
+    Args:
+        path: where to.
+        catalog: items.
+        config: a resolved configuration of an extractor.
+        interactions: of the data set; their training part is read where the extractor needs it.
+        accelerator: the processes that call this; None: this one alone.
+    """
+    extractor = component(FEATURES, config)(config)
+    work, upstream = path.with_name(f"{path.name}.work"), {"catalog": catalog.fingerprint}
+    place = Workplace(work)
+    if accelerator is not None and extractor.shares_work:
+        ranks = (accelerator.process_index, accelerator.num_processes)
+        place = Workplace(work, *ranks, accelerator.wait_for_everyone)
+    training = None
+    if extractor.needs_interactions and interactions is not None:
+        training = interactions.training()
+        upstream["interactions"] = training.fingerprint
+    vectors = extractor.embed(catalog, training, place)
+    place.barrier()  # all have read the parts before the first process removes them
+    if place.index == 0:
+        save_artifact(
+            path,
+            kind="vectors",
+            arrays={"vectors": np.asarray(vectors, np.float32)},
+            config=config.to_dict(),
+            upstream=upstream,
+            extra={"blocks": [asdict(block) for block in extractor.blocks]},
+        )
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def add_vectors(catalog: Catalog, vectors: Artifact) -> Catalog:
@@ -88,16 +125,55 @@ def fit_tokenizer(
     tokenizer.fit(catalog, interactions.training()).save(path, upstream=upstream)
 
 
-def build_index(path: Path, tokenizer: Artifact, catalog: Catalog, collisions: str) -> None:
-    """Write the index of a catalogue (artifact "index")."""
+def refine_tokenizer(
+    path: Path,
+    tokenizer: Artifact,
+    index: ItemIndex,
+    model: Artifact,
+    catalog: Catalog,
+    interactions: Interactions,
+    number: int,
+) -> None:
+    """Train a textual tokenizer's generator through a recommender and write it ("tokenizer")."""
+    from genrec.tokenizers.textual import Textual  # imports transformers' T5
+    from genrec.trainers.alternation import refine
+
     fitted = ItemTokenizer.load(tokenizer.path)
-    index = ItemIndex.build(fitted, catalog, collisions=collisions)
-    index.save(path, upstream={"tokenizer": tokenizer.fingerprint})
+    if not isinstance(fitted, Textual):
+        raise UserError(f"alternation: {fitted.name!r} has no generator; expected textual ids.")
+    network = load_model(model.path, index)
+    better, loss = refine(fitted, index, network, catalog, interactions, number=number)
+    log.info("round %d: the generator's loss is %.3f nats per target", number, loss)
+    better.save(path, upstream={"tokenizer": tokenizer.fingerprint, "model": model.fingerprint})
+
+
+def build_index(
+    path: Path,
+    tokenizer: Artifact,
+    catalog: Catalog,
+    options: IndexConfig,
+    *,
+    features: Mapping[str, Any] | None = None,
+    interactions: Interactions | None = None,
+) -> None:
+    """Write the index of a catalogue, with what placing new items takes (artifact "index")."""
+    fitted = ItemTokenizer.load(tokenizer.path)
+    training = None if interactions is None else interactions.training()
+    built = indexing.build(fitted, catalog, options, features=features, interactions=training)
+    built.save(path, upstream={"tokenizer": tokenizer.fingerprint})
 
 
 def describe_index(tokenizer: Artifact, index: ItemIndex, catalog: Catalog) -> dict[str, Any]:
     """Return the collision and usage figures of an index (JSON)."""
     return diagnose(ItemTokenizer.load(tokenizer.path), index, catalog)
+
+
+def write_token_figures(
+    path: Path, tokenizer: Artifact, index: ItemIndex, catalog: Catalog
+) -> None:
+    """Write what `describe_index` says (artifact "tokens")."""
+    figures = describe_index(tokenizer, index, catalog)
+    save_artifact(path, kind="tokens", upstream={"index": index.fingerprint}, extra=figures)
 
 
 # -- training ---------------------------------------------------------------------------------
