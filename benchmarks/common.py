@@ -154,14 +154,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return arguments
 
 
-def report(rows: Sequence[Row], path: Path | None) -> dict[str, Any]:
-    """Print a table, write the JSON where asked for, and return what was written."""
+def report(rows: Sequence[Row], path: Path | None, **more: Any) -> dict[str, Any]:
+    """Print a table, write the JSON (with anything else) where asked for, and return it."""
     result = {
         "machine": machine(),
         "versions": runtime.versions(),
         "commit": runtime.git_state().get("commit", "unknown"),
         "dirty": runtime.git_state().get("dirty"),
         "rows": [asdict(row) for row in rows],
+        **more,
     }
     _print(rows)
     if path is not None:

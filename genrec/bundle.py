@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import torch
 
 from genrec import runtime
 from genrec.artifacts import (
