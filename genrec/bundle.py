@@ -26,6 +26,7 @@ from genrec.calibration import CALIBRATORS
 from genrec.config import parse_component
 from genrec.data import Catalog
 from genrec.data.dataset import CATALOG
+from genrec.decoding.protocol import Scoring
 from genrec.errors import MismatchError
 from genrec.item_index import ItemIndex
 from genrec.models import BACKBONES
@@ -82,23 +83,33 @@ def load_model(path: str | Path, index: ItemIndex) -> Backbone:
 
 
 def save_calibration(
-    path: Path, calibrators: Mapping[str, Any], *, config: Mapping[str, Any], width: int
+    path: Path,
+    calibrators: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any],
+    width: int,
+    scoring: Scoring = "renormalized",
 ) -> Artifact:
     """Write the fitted calibrators, one for each way of searching ("masked", "unmasked")."""
     return save_artifact(
         path,
         kind="calibration",
         config=config,
-        extra={"width": width, "modes": {name: c.state() for name, c in calibrators.items()}},
+        extra={
+            "width": width,
+            "scoring": scoring,
+            "modes": {name: c.state() for name, c in calibrators.items()},
+        },
     )
 
 
-def load_calibration(path: str | Path) -> tuple[dict[str, Any], int]:
-    """Return the calibrators by mode and the beam width that they were fitted at."""
+def load_calibration(path: str | Path) -> tuple[dict[str, Any], int, Scoring]:
+    """Return the calibrators by mode, and the beam width and scoring that they were fitted at."""
     artifact = load_artifact(path, kind="calibration")
     cls, config = parse_component(CALIBRATORS, artifact.config, path="calibration")
-    modes = artifact.extra["modes"]
-    return {n: cls(config).load_state(state) for n, state in modes.items()}, artifact.extra["width"]
+    extra = artifact.extra
+    modes = {n: cls(config).load_state(state) for n, state in extra["modes"].items()}
+    return modes, extra["width"], extra.get("scoring", "renormalized")
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,7 @@ class Bundle:
     model: Backbone
     calibrators: dict[str, Any]
     width: int
+    scoring: Scoring
     artifact: Artifact
 
 
@@ -157,8 +169,9 @@ def load_bundle(path: str | Path) -> Bundle:
     artifact.require_upstream("index", index.fingerprint)
     catalog = Catalog(pl.read_parquet(path / CATALOG))
     _check_catalog(catalog, index)
-    calibrators, width = load_calibration(path / "calibration")
-    return Bundle(catalog, index, load_model(path / "model", index), calibrators, width, artifact)
+    calibrators, width, scoring = load_calibration(path / "calibration")
+    model = load_model(path / "model", index)
+    return Bundle(catalog, index, model, calibrators, width, scoring, artifact)
 
 
 def _check_catalog(catalog: Catalog, index: ItemIndex) -> None:

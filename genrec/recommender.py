@@ -64,12 +64,12 @@ class Recommender:
     Args:
         bundle: loaded parts.
         device: torch device name; None chooses.
-        scoring: what a code's probability is among (see docs/decoding.md). Probabilities are
-            calibrated for the scoring that the bundle was made with.
+        scoring: what a code's probability is among (see docs/decoding.md); default what the bundle
+            was calibrated for. Probabilities hold for that one only.
     """
 
     def __init__(
-        self, bundle: Bundle, *, device: str | None = None, scoring: Scoring = "renormalized"
+        self, bundle: Bundle, *, device: str | None = None, scoring: Scoring | None = None
     ) -> None:
         self.device = runtime.choose_device(device)
         self.index: ItemIndex = bundle.index
@@ -79,13 +79,13 @@ class Recommender:
         self.width = bundle.width
         self.info: dict[str, Any] = bundle.artifact.extra
         self.fingerprint: str = bundle.artifact.fingerprint
-        self.scoring: Scoring = scoring
+        self.scoring: Scoring = scoring or bundle.scoring
         self._constraint = CSRIndex.from_index(bundle.index).to(self.device)
         self._views: dict[str, CSRIndex] = {}
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str | None = None, scoring: Scoring = "renormalized"
+        cls, path: str | Path, *, device: str | None = None, scoring: Scoring | None = None
     ) -> Recommender:
         """Load the bundle that `genrec run` or `genrec calibrate` wrote.
 

@@ -18,15 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 
-@pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    """Undo what the command line does to the logger "genrec", so that tests see its records."""
+def _restore_logging() -> None:
     logger = logging.getLogger("genrec")
-    before = (logger.level, logger.propagate, list(logger.handlers))
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+    logger.handlers.clear()
+
+
+@pytest.fixture(autouse=True)
+def plain_logging() -> Iterator[None]:
+    """Undo what the command line does to the logger "genrec", so that tests see its records."""
+    _restore_logging()  # fixtures of a module run before this one
     yield
-    logger.setLevel(before[0])
-    logger.propagate = before[1]
-    logger.handlers[:] = before[2]
+    _restore_logging()
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 from genrec import __version__
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
 BRIEF = {"torch", "transformers", "peft", "scikit-learn", "accelerate", "numpy", "wandb"}
 
 

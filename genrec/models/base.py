@@ -10,6 +10,7 @@ R = B*W live rows of a search, T tokens, D model width.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from genrec.config import StrictConfig
 from genrec.errors import ConfigError, UserError
 from genrec.item_index import END, ItemIndex, level_offsets
+from genrec.models.catalogue_tree import CatalogueTree
 
 PAD, START, FIRST_TOKEN = 0, 1, 2
 IGNORED = -100  # what torch's cross_entropy skips
@@ -142,8 +144,9 @@ class Backbone(nn.Module, ABC):
         """Dropout probability on embeddings and block outputs."""
         attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
         """Dropout probability on attention weights; above 0 the fused CPU kernels are not used."""
-        softmax: Literal["level", "vocabulary"] = "level"
-        """Training loss normalises over the codes of the level, or over all tokens."""
+        softmax: Literal["level", "vocabulary", "trie"] = "level"
+        """Training loss normalises over the codes of the level, over all tokens, or over those
+        codes only that lead on to an item of the catalogue (as the constrained search does)."""
         tie_embeddings: bool = True
         """Output rows are the input embeddings."""
 
@@ -152,7 +155,10 @@ class Backbone(nn.Module, ABC):
     """"target": `loss` predicts `target_B` from the history. "sequence": `history_BH` is a whole
     sequence and every item in it is a target (`target_B` is ignored)."""
 
+    spans_vocabulary: bool = False
+    """Whether `begin` and `step` give log-probabilities over all tokens (see `over_vocabulary`)."""
     output: nn.Linear
+    catalogue_tree: CatalogueTree
     tokens_NL: Tensor
     level_offsets_L: Tensor
 
@@ -175,6 +181,8 @@ class Backbone(nn.Module, ABC):
         # Not persistent: the item index is an artifact of its own, with its own fingerprint.
         self.register_buffer("level_offsets_L", offsets, persistent=False)
         self.register_buffer("tokens_NL", self._checked(tokens_NL), persistent=False)
+        if config.softmax == "trie":
+            self.catalogue_tree = CatalogueTree(self.tokens_NL, self.level_offsets_L)
         self.embedding = nn.Embedding(self.num_tokens, config.d_model)
         if not config.tie_embeddings:
             self.output = nn.Linear(config.d_model, self.num_tokens, bias=False)
@@ -231,6 +239,16 @@ class Backbone(nn.Module, ABC):
             state stays valid.
         """
 
+    def over_vocabulary(self) -> Self:
+        """Return a view on these weights whose logits are log-probabilities over all tokens.
+
+        Codes then compete with those of other levels and with special tokens, as in a model that
+        nothing constrains; the constrained search needs this for scoring="raw".
+        """
+        view = copy.copy(self)
+        view.spans_vocabulary = True
+        return view
+
     def forward(self, batch: Batch) -> LossOutput:
         """Return `loss(batch)`: wrappers such as DistributedDataParallel call the module."""
         return self.loss(batch)
@@ -265,27 +283,34 @@ class Backbone(nn.Module, ABC):
         """
         first = self._first_tokens[level]
         weight_KD = self.output_weight_VD[first : first + self.codebook_sizes[level]]
-        return F.linear(hidden, weight_KD).float()
+        logits = F.linear(hidden, weight_KD).float()
+        if self.spans_vocabulary:
+            every = F.linear(hidden, self.output_weight_VD).float()
+            logits = logits - every.logsumexp(-1, keepdim=True)
+        return logits
 
-    def items_nll(self, hidden_MLD: Tensor, tokens_ML: Tensor, valid_M: Tensor) -> LossOutput:
+    def items_nll(self, hidden_MLD: Tensor, rows_M: Tensor, valid_M: Tensor) -> LossOutput:
         """Return the loss of M items from the hidden states that predict their L tokens.
 
         Args:
             hidden_MLD: state that predicts level l of item m.
-            tokens_ML: the items' tokens (anything where not valid).
+            rows_M: int64 item rows (anything where not valid).
             valid_M: bool, which items count.
         """
         total = hidden_MLD.new_zeros((), dtype=torch.float32)
-        counts_M = valid_M
+        rows_M, counts_M = rows_M.clamp(min=0), valid_M
+        tokens_ML = self.tokens_NL[rows_M]
         for level in range(self.num_levels):
             if level and self.shared_vocabulary:  # what follows the end of a semantic ID is certain
                 counts_M = counts_M & (tokens_ML[:, level - 1] != FIRST_TOKEN + END)
-            hidden_MD, tokens_M = hidden_MLD[:, level], tokens_ML[:, level]
-            if self.config.softmax == "level":
-                logits, target_M = self.level_logits(hidden_MD, level), tokens_M
-                target_M = tokens_M - self._first_tokens[level]
+            hidden_MD, target_M = hidden_MLD[:, level], tokens_ML[:, level]
+            if self.config.softmax == "vocabulary":
+                logits = F.linear(hidden_MD, self.output_weight_VD).float()
             else:
-                logits, target_M = F.linear(hidden_MD, self.output_weight_VD).float(), tokens_M
+                logits = self.level_logits(hidden_MD, level)
+                target_M = target_M - self._first_tokens[level]
+            if self.config.softmax == "trie":
+                logits = self.catalogue_tree.keep_children(logits, rows_M, level)
             target_M = target_M.masked_fill(~counts_M, IGNORED)
             total = total + F.cross_entropy(logits, target_M, reduction="sum")
         return LossOutput.of(total, valid_M.sum())

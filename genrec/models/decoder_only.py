@@ -191,7 +191,7 @@ class DecoderOnly(Backbone):
             valid_BH[:, :1] = False
         return self.items_nll(
             hidden_BTD.reshape(-1, self.num_levels, self.config.d_model),
-            tokens_BT[:, 1:].reshape(-1, self.num_levels),
+            sequence_BH.reshape(-1),
             valid_BH.reshape(-1),
         )
 

@@ -154,7 +154,7 @@ class EncoderDecoder(Backbone):
         for layer, keys_values in zip(self.decoder, cross, strict=True):
             x_BLD, _ = layer.attend(x_BLD, None, bias.to(x_BLD.dtype))
             x_BLD = layer.finish(x_BLD, keys_values, visible_B11T)
-        return self.items_nll(self._finish(x_BLD), tokens_BL, batch.target_B >= 0)
+        return self.items_nll(self._finish(x_BLD), batch.target_B, batch.target_B >= 0)
 
     def begin(self, batch: Batch) -> tuple[Tensor, EncoderDecoderState]:
         """Encode once per request, decode PAD; see `Backbone.begin`."""

@@ -211,8 +211,11 @@ def _is_done(folder: Path, config: RunConfig) -> bool:
     path = folder / RESULTS
     if not path.exists():
         return False
-    found = json.loads(path.read_text()).get("config", {})
-    wanted = json.loads(json.dumps(config.to_dict()))
+    try:  # settings that came later stand at their defaults
+        found = check_run_config(json.loads(path.read_text())["config"]).to_dict()
+    except (ConfigError, KeyError):
+        return False
+    wanted = config.to_dict()
     return all(found.get(key) == wanted[key] for key in wanted if key not in NO_RESULT)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
@@ -31,6 +31,9 @@ class DecodingConfig(StrictConfig):
 
     width: int = Field(default=50, ge=1)
     """Beam width; also the depth of the lists that are calibrated."""
+    scoring: Literal["renormalized", "level", "raw"] = "renormalized"
+    """What a code's probability is among: the codes that lead to an item, all codes of the level,
+    or all tokens (docs/decoding.md)."""
     batch_size: int = Field(default=64, ge=1)
     """Requests searched together (speed and memory only)."""
 

@@ -382,7 +382,7 @@ class Run:
         seed: int,
     ) -> Artifact:
         """Return the ranked lists of a split's users."""
-        width = self.config.decoding.width
+        width, scoring = self.config.decoding.width, self.config.decoding.scoring
         return self.cache.get(
             "lists",
             "lists",
@@ -392,6 +392,7 @@ class Run:
                 "split": split,
                 "masked": masked,
                 "width": width,
+                **({} if scoring == "renormalized" else {"scoring": scoring}),
             },
             lambda path: stages.make_lists(
                 path,
@@ -401,6 +402,7 @@ class Run:
                 split=split,
                 masked=masked,
                 width=width,
+                scoring=scoring,
                 batch_size=self.config.decoding.batch_size,
                 accelerator=self.accelerator,
             ),
@@ -410,7 +412,7 @@ class Run:
 
     def calibrate(self, valid: Mapping[str, Artifact], seed: int) -> Artifact:
         """Return the calibrators fitted on validation lists."""
-        config = self.config.calibration
+        config, decoding = self.config.calibration, self.config.decoding
         return self.cache.get(
             "calibration",
             "calibration",
@@ -418,7 +420,7 @@ class Run:
                 "lists": {mode: artifact.fingerprint for mode, artifact in valid.items()},
                 "calibration": config.to_dict(),
             },
-            lambda path: stages.calibrate(path, valid, config, self.config.decoding.width),
+            lambda path: stages.calibrate(path, valid, config, decoding.width, decoding.scoring),
             label=f"calibrate (seed {seed})",
         )
 

@@ -25,6 +25,7 @@ from genrec.config import StrictConfig
 from genrec.data import Catalog, Dataset, Interactions
 from genrec.data.interactions import SplitName
 from genrec.decoding import CSRIndex
+from genrec.decoding.protocol import Scoring
 from genrec.errors import DataError, MismatchError, UserError
 from genrec.evaluation import metrics
 from genrec.evaluation.evaluator import evaluate_scores
@@ -273,6 +274,7 @@ def make_lists(
     split: SplitName,
     masked: bool,
     width: int,
+    scoring: Scoring,
     batch_size: int,
     accelerator: Accelerator,
 ) -> None:
@@ -299,6 +301,7 @@ def make_lists(
         histories,
         width=depth,
         k=depth,
+        scoring=scoring,
         exclude=histories if masked else None,
         batch_size=batch_size,
         description=f"search {split}",
@@ -317,7 +320,7 @@ def make_lists(
                 "user_rows": examples.user_rows,
             },
             upstream={"model": model.fingerprint, "dataset": dataset.fingerprint},
-            extra={"split": split, "masked": masked, "width": depth},
+            extra={"split": split, "masked": masked, "width": depth, "scoring": scoring},
         )
 
 
@@ -360,7 +363,9 @@ def list_values(artifact: Artifact, ks: Sequence[int]) -> dict[str, np.ndarray]:
 # -- calibration ------------------------------------------------------------------------------
 
 
-def calibrate(path: Path, valid_lists: Mapping[str, Artifact], config: Any, width: int) -> None:
+def calibrate(
+    path: Path, valid_lists: Mapping[str, Artifact], config: Any, width: int, scoring: Scoring
+) -> None:
     """Fit a calibrator on each kind of validation lists (artifact "calibration").
 
     Args:
@@ -368,6 +373,7 @@ def calibrate(path: Path, valid_lists: Mapping[str, Artifact], config: Any, widt
         valid_lists: mode ("masked", "unmasked") -> "lists" artifact of the validation split.
         config: the `calibration` section.
         width: beam width of the lists.
+        scoring: what their log-probabilities are among.
     """
     cls = component(CALIBRATORS, config)
     calibrators = {}
@@ -375,12 +381,12 @@ def calibrate(path: Path, valid_lists: Mapping[str, Artifact], config: Any, widt
         lists, targets = read_lists(artifact)
         ranks = metrics.ranks_in_lists(lists.rows, targets)
         calibrators[mode] = cls(config).fit(lists.logprobs, ranks, lists.num_rest)
-    save_calibration(path, calibrators, config=config.to_dict(), width=width)
+    save_calibration(path, calibrators, config=config.to_dict(), width=width, scoring=scoring)
 
 
 def measure_calibration(calibration: Path, mode: str, test_lists: Artifact) -> dict[str, Any]:
     """Compare probabilities before and after calibration on test lists, cut to the top 10."""
-    calibrators, _ = load_calibration(calibration)
+    calibrators, _, _ = load_calibration(calibration)
     lists, targets = read_lists(test_lists)
     identity = runtime.lookup(CALIBRATORS, "identity", what="calibration")
     k = min(RELIABILITY_K, lists.rows.shape[1])
