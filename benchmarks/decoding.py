@@ -4,7 +4,7 @@ Same weights, same beam, same renormalised scores, one process, one thread; the 
 Weights are random: what is timed does not depend on them, and whether lists are equal is harder to
 satisfy than on a trained model's. Under renormalised scoring our search stops running the model for
 prefixes with one item left; "fixed shapes" is the variant for GPUs, which does so only where the
-catalogue alone tells it.
+catalogue alone tells it. Beside the peer stands the floor: the search's own matrix products alone.
 
     python -m benchmarks.decoding [--quick] [--json FILE]
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from genrec.decoding import Beams, CSRIndex, Filters, beam_search
+from benchmarks.bare_gemm import replay_of
+from genrec.decoding import Beams, CSRIndex, Filters, Scoring, beam_search
 from genrec.decoding.hf import prefix_allowed_tokens_fn
 from genrec.item_index import ItemIndex
 from genrec.models.base import FIRST_TOKEN, START, Backbone, Batch
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
+from genrec.models.pretrained_decoder import PretrainedDecoder
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def peer(
 ) -> Callable[[], Any]:
     """Return a call of `generate` on the same weights."""
     theirs: Any = model.to_hugging_face()
+    theirs.to(model.device)
     prompt_BT = prompt_of(model, batch)
     prompt_length = 1 if isinstance(model, EncoderDecoder) else prompt_BT.shape[1]
     allowed = prefix_allowed_tokens_fn(index, first_token=FIRST_TOKEN, prompt_length=prompt_length)
@@ -139,6 +143,27 @@ def case_against_generate(
     )
 
 
+def case_pretrained(name: str, model: DecoderOnly, index: ItemIndex, size: Size) -> common.Row:
+    """Time an unmodified causal LM of transformers in our search against its own `generate`."""
+    batch, constraint = random_batch(size), CSRIndex.from_index(index)
+    tokens = [
+        torch.arange(count) + int(first)
+        for first, count in zip(model.level_offsets_L, model.codebook_sizes, strict=True)
+    ]
+    language_model = PretrainedDecoder(model.to_hugging_face(), list, tokens)
+    prompts = prompt_of(model, batch)
+
+    def ours() -> Beams:
+        with torch.inference_mode():
+            return beam_search(language_model, prompts, constraint, width=size.beam, k=size.beam)
+
+    theirs = peer(model, index, batch, size.beam)
+    details = compare(ours(), theirs(), index, model)
+    equal = details["equal_lists"] == details["lists"]
+    timings = common.alternate(ours, theirs, runs=size.runs, warm_up=0)
+    return common.Row.of_timings(name, "hf_generate", *timings, equal, **details, beam=size.beam)
+
+
 def case_denied_items(model: Any, index: ItemIndex, size: Size, denied: int) -> common.Row:
     """Time a search with denied items against the same without; equal: none of them is returned."""
     batch, constraint = random_batch(size), CSRIndex.from_index(index)
@@ -160,26 +185,95 @@ def case_denied_items(model: Any, index: ItemIndex, size: Size, denied: int) -> 
     return common.Row.of_timings(name, "ours_without_filter", *timings, clean)
 
 
-def case_catalogue_size(model: Any, index: ItemIndex, size: Size, small: int) -> common.Row:
-    """Time the same model on the first `small` items and on all; ratio 1 means no difference."""
+def case_bare_products(
+    name: str, model: Any, index: ItemIndex, size: Size, scoring: Scoring
+) -> common.Row:
+    """Time a search against its matrix products alone; 1 / ratio is the distance from the floor."""
+    batch, constraint = random_batch(size), CSRIndex.from_index(index)
+
+    def search() -> Beams:
+        with torch.no_grad():
+            return beam_search(
+                model, batch, constraint, width=size.beam, k=size.beam, scoring=scoring
+            )
+
+    replay, flops = replay_of(search)
+    ours, floor = common.alternate(search, replay, runs=2 * size.runs)
+    distance = ours.cpu / floor.cpu
+    return common.Row.of_timings(
+        name, "matrix_products_alone", ours, floor, None, gflop=flops / 1e9, distance=distance
+    )
+
+
+def case_latency(name: str, model: Any, index: ItemIndex, size: Size, count: int) -> common.Row:
+    """Time single requests one by one: the median is ours, the 99th percentile theirs."""
+    constraint = CSRIndex.from_index(index)
+    batches = [random_batch(size, seed=seed) for seed in range(count)]
+
+    def search(batch: Batch) -> Beams:
+        with torch.inference_mode():
+            return beam_search(model, batch, constraint, width=size.beam, k=size.beam)
+
+    found = [common.timed(partial(search, batch)) for batch in [batches[0], *batches]]
+    cpu, wall = np.array(found[1:]).T
+    p50, p99 = (float(np.quantile(cpu, q)) for q in (0.5, 0.99))
+    details = {f"wall_p{q}": float(np.quantile(wall, q / 100)) for q in (50, 99)}
+    return common.Row(name, "its_own_p99", p50, p99, p99 / p50, "cpu_s", None, details)
+
+
+def random_codes(size: Size, seed: int = 0) -> np.ndarray:
+    """Return unique random codes in random order; fit for 10^7 items."""
+    rng = np.random.default_rng(seed)
+    bits = (size.num_codes - 1).bit_length()
+    keys = rng.integers(0, 1 << (bits * size.num_levels), size.num_items + size.num_items // 8)
+    keys = rng.permutation(np.unique(keys))[: size.num_items]
+    shifts = bits * np.arange(size.num_levels - 1, -1, -1)
+    return ((keys[:, None] >> shifts) & (size.num_codes - 1)).astype(np.int32)
+
+
+def case_catalogue_size(
+    model: Any, small: ItemIndex, large: CSRIndex, size: Size, scoring: Scoring
+) -> common.Row:
+    """Time the same model on a small and a large catalogue; ratio 1 means no difference.
+
+    Under "level" every beam runs at every level in both. Under "renormalized" prefixes with one
+    item left do not run, and the small catalogue has more of them.
+    """
     batch = random_batch(size)
-    batch = Batch(batch.history_BH % small)
-    constraints = [
-        CSRIndex.from_codes(codes_NL, index.codebook_sizes)
-        for codes_NL in (index.codes, index.codes[:small])
-    ]
+    batch = Batch(batch.history_BH % len(small))
+    constraints = [large, CSRIndex.from_index(small)]
 
     def search(constraint: CSRIndex) -> Beams:
         with torch.inference_mode():
             return beam_search(
-                model, batch, constraint, width=size.beam, k=size.beam, static_shapes=True
+                model, batch, constraint, width=size.beam, k=size.beam, scoring=scoring
             )
 
     timings = common.alternate(
         lambda: search(constraints[0]), lambda: search(constraints[1]), runs=size.runs
     )
-    name = f"{len(index):,} items"
-    return common.Row.of_timings(name, f"ours_with_{small}_items", *timings, None)
+    name = f"{large.num_items:,} items, scoring {scoring}"
+    return common.Row.of_timings(name, f"ours_with_{len(small)}_items", *timings, None)
+
+
+def case_build(codes_NL: np.ndarray, num_codes: int) -> tuple[common.Row, CSRIndex]:
+    """Build a large index, beside sorting its items with one key each, which any index must do."""
+    sizes = (num_codes,) * codes_NL.shape[1]
+    built: list[CSRIndex] = []
+    keys_N = codes_NL.astype(np.int64) @ (num_codes ** np.arange(codes_NL.shape[1])[::-1])
+    timings = common.alternate(
+        lambda: built.append(CSRIndex.from_codes(codes_NL, sizes)),
+        lambda: np.argsort(keys_N, kind="stable"),
+        runs=1,
+        warm_up=0,
+    )
+    num_items = len(codes_NL)
+    name = f"build the index of {num_items:,} items"
+    bytes_per_item = built[0].num_bytes / num_items
+    row = common.Row.of_timings(
+        name, "sorting_keys_alone", *timings, None, bytes_per_item=bytes_per_item
+    )
+    return row, built[0]
 
 
 def case_index(index: ItemIndex) -> common.Row:
@@ -203,7 +297,7 @@ def encoder_decoder(index: ItemIndex, size: Size, **options: Any) -> Backbone:
     return spread(EncoderDecoder.from_index(config, index), 2.0)
 
 
-def decoder_only(index: ItemIndex, size: Size, **options: Any) -> Backbone:
+def decoder_only(index: ItemIndex, size: Size, **options: Any) -> Any:
     """Return a random causal model."""
     torch.manual_seed(0)
     config = DecoderOnly.Config(max_history=size.history, **options)
@@ -226,19 +320,28 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         encoder_decoder(tiger_index, tiger, **small),
         decoder_only(prompt_index, prompt, **large),
     )
-    large_index = random_catalogue(
-        Size(20_000 if quick else 1_000_000, tiger.num_codes, 1, 1, 1, 1)
-    )
-    wide_t5 = encoder_decoder(large_index, tiger, **small)
     one = Size(tiger.num_items, tiger.num_codes, 1, tiger.history, tiger.beam, tiger.runs)
+    middle_index = random_catalogue(Size(20_000 if quick else 200_000, tiger.num_codes, 1, 1, 1, 1))
+    small_index = random_catalogue(Size(2_000 if quick else 10_000, tiger.num_codes, 1, 1, 1, 1))
+    wide_t5 = encoder_decoder(small_index, tiger, **small)
+    large_codes = random_codes(Size(20_000 if quick else 10_000_000, tiger.num_codes, 1, 1, 1, 1))
+    build, large_tree = case_build(large_codes, tiger.num_codes)
+    del large_codes
     rows = [
         case_against_generate("encoder_decoder", t5, tiger_index, tiger),
         case_against_generate("encoder_decoder, one request", t5, tiger_index, one),
         case_against_generate("decoder_only", causal, prompt_index, prompt),
+        case_pretrained("causal LM of transformers, unmodified", causal, prompt_index, prompt),
         case_against_generate("encoder_decoder, fixed shapes", t5, tiger_index, tiger, True),
+        case_bare_products("encoder_decoder", t5, tiger_index, tiger, "renormalized"),
+        case_bare_products("encoder_decoder, all levels", t5, tiger_index, tiger, "level"),
+        case_bare_products("decoder_only", causal, prompt_index, prompt, "renormalized"),
+        case_latency("encoder_decoder, one by one", t5, tiger_index, one, 20 if quick else 100),
         case_denied_items(t5, tiger_index, tiger, 100 if quick else 1_000),
-        case_catalogue_size(wide_t5, large_index, tiger, 2_000 if quick else 10_000),
-        case_index(large_index),
+        case_catalogue_size(wide_t5, small_index, large_tree, tiger, "level"),
+        case_catalogue_size(wide_t5, small_index, large_tree, tiger, "renormalized"),
+        case_index(middle_index),
+        build,
     ]
     return common.report(rows, arguments.json)
 

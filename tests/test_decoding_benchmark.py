@@ -24,4 +24,4 @@ def test_quick_benchmark_writes_equal_lists_and_the_documented_json(root, tmp_pa
     for row in result["rows"]:
         assert {"case", "baseline", "ours", "theirs", "ratio", "unit", "equal"} <= row.keys()
     peers = [row for row in result["rows"] if row["baseline"] == "hf_generate"]
-    assert len(peers) == 4 and all(row["equal"] for row in peers)
+    assert len(peers) == 5 and all(row["equal"] for row in peers)
