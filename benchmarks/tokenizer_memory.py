@@ -23,8 +23,8 @@ import numpy as np
 from genrec.artifacts import fingerprint
 from genrec.data import Catalog
 from genrec.tokenizers.base import ItemTokenizer
+from genrec.tokenizers.files.streaming import encode_file
 from genrec.tokenizers.rqkmeans import RQKMeans
-from genrec.tokenizers.streaming import encode_file
 
 ROOT = Path(__file__).parents[1]
 GB = 1e9

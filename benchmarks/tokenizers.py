@@ -37,9 +37,9 @@ from benchmarks.tokenizer_peers import (
     quiet,
 )
 from genrec.data import Catalog
-from genrec.tokenizers import kmeans
 from genrec.tokenizers.base import ItemTokenizer
 from genrec.tokenizers.pq import OPQ, PQ
+from genrec.tokenizers.quantization import kmeans
 from genrec.tokenizers.rqkmeans import RQKMeans
 from genrec.tokenizers.rqvae import RQVAE
 

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import tokenizers as bench
 from benchmarks.tokenizer_memory import peak_gb, write_vectors
 from benchmarks.tokenizer_peers import Setting, Tokenized, missing
-from genrec.tokenizers import kmeans
+from genrec.tokenizers.quantization import kmeans
 
 TINY = Setting(num_codes=8, hidden=(16,), latent=8, batch_size=64, epochs=1)
 SIZE = bench.Size(300, 32, 1, 400, 16, 1, TINY)

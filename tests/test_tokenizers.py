@@ -20,8 +20,8 @@ from genrec.item_index import ItemIndex
 from genrec.testing.tokenizers import TokenizerContract
 from genrec.tokenizers import TOKENIZERS
 from genrec.tokenizers.base import ItemTokenizer
-from genrec.tokenizers.diagnostics import diagnose
-from genrec.tokenizers.kmeans import balanced_kmeans, kmeans, minibatch_kmeans, nearest
+from genrec.tokenizers.diagnostics.figures import diagnose
+from genrec.tokenizers.quantization.kmeans import balanced_kmeans, kmeans, minibatch_kmeans, nearest
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "tokenizer"
 

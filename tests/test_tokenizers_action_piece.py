@@ -20,8 +20,8 @@ from genrec.item_index import END, ItemIndex
 from genrec.testing.tokenizers import TokenizerContract
 from genrec.tokenizers import TOKENIZERS
 from genrec.tokenizers.action_piece import ActionPiece
-from genrec.tokenizers.merging import PairCounts, learn_merges
-from genrec.tokenizers.segmenting import merge_sequence, merge_set
+from genrec.tokenizers.pieces.merging import PairCounts, learn_merges
+from genrec.tokenizers.pieces.segmenting import merge_sequence, merge_set
 
 QUANTIZER = {"name": "rqkmeans", "num_levels": 3, "codebook_size": 6}
 SMALL: dict[str, Any] = {

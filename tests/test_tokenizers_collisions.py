@@ -15,8 +15,13 @@ from genrec.errors import ConfigError, UserError
 from genrec.item_index import ItemIndex
 from genrec.tokenizers import COLLISIONS
 from genrec.tokenizers.base import ItemTokenizer
-from genrec.tokenizers.collisions import collision_groups, extra_level, forbid, suffix
-from genrec.tokenizers.last_codes import assign_last, match_nearest, nearest_free, sinkhorn
+from genrec.tokenizers.collisions.last_codes import (
+    assign_last,
+    match_nearest,
+    nearest_free,
+    sinkhorn,
+)
+from genrec.tokenizers.collisions.numbering import collision_groups, extra_level, forbid, suffix
 from genrec.tokenizers.rqkmeans import RQKMeans
 from genrec.tokenizers.rqvae import RQVAE
 
@@ -201,21 +206,21 @@ def test_what_sinkhorn_leaves_over_gets_an_extra_level_and_a_warning(caplog):
 def test_a_round_of_sinkhorn_that_does_not_help_is_taken_back(monkeypatch):
     import torch
 
-    from genrec.tokenizers import quantization
+    from genrec.tokenizers.quantization import residual
 
     def worse(distances, **_):  # sends everybody to the first free code
         plan = torch.zeros_like(distances)
         plan[:, 0] = 1
         return plan
 
-    monkeypatch.setattr(quantization, "sinkhorn", worse)
+    monkeypatch.setattr(residual, "sinkhorn", worse)
     codes = np.array([[0, 1], [0, 1], [0, 2], [0, 2]], np.int32)
     unique, _ = sinkhorn(codes, (1, 4), ids(4), distances=lambda rows: np.ones((len(rows), 4)))
     assert np.array_equal(unique[:, :2], codes)
 
 
 def test_distances_are_asked_for_in_batches(monkeypatch):
-    from genrec.tokenizers import last_codes
+    from genrec.tokenizers.collisions import last_codes
 
     rng = np.random.default_rng(0)
     codes = np.stack([np.repeat(np.arange(9), 4), rng.integers(0, 2, 36)], axis=1)

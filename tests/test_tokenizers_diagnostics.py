@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from genrec.data import Catalog, Interactions
 from genrec.data.synthetic import planted, planted_leaves
 from genrec.item_index import ItemIndex
-from genrec.tokenizers import agreement
-from genrec.tokenizers.agreement import cooccurrence_figures, reconstruction_distances
-from genrec.tokenizers.branches import branch_tree
-from genrec.tokenizers.diagnostics import code_figures, diagnose, level_figures
+from genrec.tokenizers.diagnostics import agreement
+from genrec.tokenizers.diagnostics.agreement import cooccurrence_figures, reconstruction_distances
+from genrec.tokenizers.diagnostics.branches import branch_tree
+from genrec.tokenizers.diagnostics.figures import code_figures, diagnose, level_figures
 from genrec.tokenizers.rqkmeans import RQKMeans
 
 

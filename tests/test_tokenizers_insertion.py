@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from genrec.errors import UserError
 from genrec.item_index import ItemIndex
-from genrec.tokenizers.collisions import extra_level, suffix
-from genrec.tokenizers.insertion import place
+from genrec.tokenizers.collisions.insertion import place
+from genrec.tokenizers.collisions.numbering import extra_level, suffix
 
 
 def ids(count: int, prefix: str = "old") -> list[str]:

@@ -19,13 +19,17 @@ from genrec.data.synthetic import planted
 from genrec.errors import ConfigError, UserError
 from genrec.features.collaborative import collaborative_vectors, cooccurrence
 from genrec.testing.tokenizers import TokenizerContract
-from genrec.tokenizers.constrained_kmeans import bounded_labels, constrained_kmeans
-from genrec.tokenizers.diagnostics import level_figures
+from genrec.tokenizers.diagnostics.figures import level_figures
 from genrec.tokenizers.letter import LETTER
-from genrec.tokenizers.letter_training import CodeGroups, LetterObjective, diversity_loss
-from genrec.tokenizers.quantization import info_nce, residual_quantize
+from genrec.tokenizers.quantization.constrained_kmeans import bounded_labels, constrained_kmeans
+from genrec.tokenizers.quantization.letter_training import (
+    CodeGroups,
+    LetterObjective,
+    diversity_loss,
+)
+from genrec.tokenizers.quantization.residual import info_nce, residual_quantize
+from genrec.tokenizers.quantization.rqvae_training import Network, train
 from genrec.tokenizers.rqvae import RQVAE
-from genrec.tokenizers.rqvae_training import Network, train
 
 TINY: dict[str, Any] = {
     "num_levels": 3,

@@ -16,7 +16,7 @@ from genrec.item_index import ItemIndex
 from genrec.testing.tokenizers import TokenizerContract
 from genrec.tokenizers import TOKENIZERS
 from genrec.tokenizers.base import ItemTokenizer
-from genrec.tokenizers.subspaces import procrustes, split
+from genrec.tokenizers.quantization.subspaces import procrustes, split
 
 
 class TestPQ(TokenizerContract):

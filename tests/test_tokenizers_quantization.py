@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from genrec.tokenizers.quantization import (
+from genrec.tokenizers.quantization.residual import (
     balanced_code,
     code_distances,
     info_nce,

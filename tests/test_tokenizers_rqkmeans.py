@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from genrec.config import parse_component
 from genrec.data import Catalog
 from genrec.testing.tokenizers import TokenizerContract
-from genrec.tokenizers import TOKENIZERS, kmeans
+from genrec.tokenizers import TOKENIZERS
 from genrec.tokenizers.base import ItemTokenizer
-from genrec.tokenizers.kmeans import (
+from genrec.tokenizers.quantization import kmeans
+from genrec.tokenizers.quantization.kmeans import (
     Clusters,
     balanced_kmeans,
     minibatch_kmeans,

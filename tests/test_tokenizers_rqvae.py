@@ -15,12 +15,17 @@ from genrec.data.synthetic import planted
 from genrec.errors import ConfigError, DataError, UserError
 from genrec.item_index import ItemIndex
 from genrec.testing.tokenizers import TokenizerContract
-from genrec.tokenizers import codebooks
-from genrec.tokenizers.codebooks import MovingAverages, Usage, kmeans_codebooks
-from genrec.tokenizers.diagnostics import collision_figures, neighbour_figures
-from genrec.tokenizers.quantization import residual_quantize
+from genrec.tokenizers.diagnostics.figures import collision_figures, neighbour_figures
+from genrec.tokenizers.quantization import codebooks
+from genrec.tokenizers.quantization.codebooks import MovingAverages, Usage, kmeans_codebooks
+from genrec.tokenizers.quantization.residual import residual_quantize
+from genrec.tokenizers.quantization.rqvae_training import (
+    Network,
+    Objective,
+    initialise_codebooks,
+    train,
+)
 from genrec.tokenizers.rqvae import RQVAE
-from genrec.tokenizers.rqvae_training import Network, Objective, initialise_codebooks, train
 
 TINY: dict[str, Any] = {
     "codebook_size": 8,

@@ -15,10 +15,11 @@ from safetensors.numpy import save_file
 from genrec.config import parse_component
 from genrec.data import Catalog
 from genrec.errors import ArtifactError, DataError, UserError
-from genrec.tokenizers import TOKENIZERS, streaming
+from genrec.tokenizers import TOKENIZERS
 from genrec.tokenizers.base import ItemTokenizer
-from genrec.tokenizers.streaming import encode_file
-from genrec.tokenizers.vector_reader import VectorReader
+from genrec.tokenizers.files import streaming
+from genrec.tokenizers.files.streaming import encode_file
+from genrec.tokenizers.files.vector_reader import VectorReader
 
 RQVAE = {"hidden_dims": [16], "latent_dim": 6, "num_epochs": 2}
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
@@ -123,7 +124,7 @@ def test_batches_hold_ids_and_vectors_in_the_order_of_the_file(catalog, tmp_path
 
 
 def test_parquet_is_read_in_larger_parts_than_a_batch(catalog, tmp_path, monkeypatch):
-    monkeypatch.setattr("genrec.tokenizers.vector_reader.PARQUET_ROWS", 64)
+    monkeypatch.setattr("genrec.tokenizers.files.vector_reader.PARQUET_ROWS", 64)
     batches = list(written(catalog, tmp_path, "parquet").batches(30, batch_size=30))
     assert [len(batch) for batch in batches] == [30] * 5 + [23]
     assert [i for batch in batches for i in batch.item_ids] == IDS[30:]

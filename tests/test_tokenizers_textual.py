@@ -22,9 +22,9 @@ from genrec.models.base import FIRST_TOKEN, Batch, pad_histories
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
 from genrec.testing.tokenizers import TokenizerContract
-from genrec.tokenizers.candidates import first_unused
-from genrec.tokenizers.phrase_generator import _pick
-from genrec.tokenizers.salient_words import salient_phrases
+from genrec.tokenizers.collisions.candidates import first_unused
+from genrec.tokenizers.text.phrase_generator import _pick
+from genrec.tokenizers.text.salient_words import salient_phrases
 from genrec.tokenizers.textual import AlternationConfig, Textual
 from genrec.trainers.alternation import (
     GeneratorTrainer,

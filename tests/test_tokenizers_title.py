@@ -19,8 +19,8 @@ from genrec.item_index import END, ItemIndex
 from genrec.models.base import pad_histories
 from genrec.models.decoder_only import DecoderOnly
 from genrec.testing.tokenizers import TokenizerContract
-from genrec.tokenizers.item_texts import item_texts
-from genrec.tokenizers.subwords import FIRST_SUBWORD, Subwords
+from genrec.tokenizers.text.item_texts import item_texts
+from genrec.tokenizers.text.subwords import FIRST_SUBWORD, Subwords
 from genrec.tokenizers.title import Title
 
 TITLES = [

@@ -145,7 +145,7 @@ def describe(path: Path) -> dict[str, Any]:
 def describe_tokens(folder: Path) -> dict[str, Any]:
     """Return levels, prefixes and the biggest branches (with example items) of an index folder."""
     from genrec.item_index import ItemIndex
-    from genrec.tokenizers.diagnostics import level_figures, prefix_figures
+    from genrec.tokenizers.diagnostics.figures import level_figures, prefix_figures
 
     index = ItemIndex.load(folder)
     return {

@@ -66,7 +66,7 @@ def _fit(
     from genrec.pipeline import stages
     from genrec.tokenizers import TOKENIZERS
     from genrec.tokenizers.base import ItemTokenizer
-    from genrec.tokenizers.diagnostics import diagnose
+    from genrec.tokenizers.diagnostics.figures import diagnose
 
     if dataset is None or out is None:
         raise UserError(

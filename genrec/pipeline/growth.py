@@ -2,7 +2,7 @@
 
 With the frozen tokenizer and the policy of the index; no existing code changes and nothing is
 trained. Everything is placed and written, or nothing is. What finds no place is listed; where
-places are free is decided in `genrec.tokenizers.insertion`.
+places are free is decided in `genrec.tokenizers.collisions.insertion`.
 
 Shapes: M new items, L levels of the tokenizer.
 """
@@ -24,9 +24,9 @@ from genrec.pipeline.index_folder import Target, align, open_target
 from genrec.pipeline.indexing import OWN_CODES, BuiltIndex
 from genrec.pipeline.new_vectors import embed_new_items
 from genrec.runtime import get_logger
-from genrec.tokenizers.agreement import reconstruction_distances
 from genrec.tokenizers.base import IntArray, ItemTokenizer
-from genrec.tokenizers.insertion import Placed, place
+from genrec.tokenizers.collisions.insertion import Placed, place
+from genrec.tokenizers.diagnostics.agreement import reconstruction_distances
 
 log = get_logger(__name__)
 

@@ -22,8 +22,8 @@ from genrec.data import Catalog, Interactions
 from genrec.errors import UserError
 from genrec.item_index import ItemIndex
 from genrec.runtime import get_logger
-from genrec.tokenizers.agreement import reconstruction_distances
 from genrec.tokenizers.base import ItemTokenizer
+from genrec.tokenizers.diagnostics.agreement import reconstruction_distances
 
 log = get_logger(__name__)
 

@@ -39,7 +39,7 @@ from genrec.pipeline import indexing
 from genrec.pipeline.indexing import IndexConfig
 from genrec.tokenizers import TOKENIZERS
 from genrec.tokenizers.base import ItemTokenizer
-from genrec.tokenizers.diagnostics import diagnose
+from genrec.tokenizers.diagnostics.figures import diagnose
 from genrec.trainers import TRAINERS
 from genrec.trainers.batching import TrainingExamples
 from genrec.trainers.tracking import Trackers, TrackingConfig, open_trackers

@@ -27,8 +27,8 @@ from genrec.features.file import VectorFile
 from genrec.pipeline.indexing import OWN_CODES, BuiltIndex
 from genrec.runtime import get_logger
 from genrec.tokenizers.base import ItemTokenizer
-from genrec.tokenizers.branches import branch_tree
-from genrec.tokenizers.diagnostics import code_figures, diagnose
+from genrec.tokenizers.diagnostics.branches import branch_tree
+from genrec.tokenizers.diagnostics.figures import code_figures, diagnose
 
 log = get_logger(__name__)
 

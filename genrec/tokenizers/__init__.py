@@ -23,19 +23,19 @@ TOKENIZERS = {
 }
 
 COLLISIONS = {
-    "extra_level": "genrec.tokenizers.collisions:extra_level",
-    "assign_last": "genrec.tokenizers.last_codes:assign_last",
-    "sinkhorn": "genrec.tokenizers.last_codes:sinkhorn",
-    "nearest_free": "genrec.tokenizers.last_codes:nearest_free",
-    "first_unused": "genrec.tokenizers.candidates:first_unused",
-    "forbid": "genrec.tokenizers.collisions:forbid",
+    "extra_level": "genrec.tokenizers.collisions.numbering:extra_level",
+    "assign_last": "genrec.tokenizers.collisions.last_codes:assign_last",
+    "sinkhorn": "genrec.tokenizers.collisions.last_codes:sinkhorn",
+    "nearest_free": "genrec.tokenizers.collisions.last_codes:nearest_free",
+    "first_unused": "genrec.tokenizers.collisions.candidates:first_unused",
+    "forbid": "genrec.tokenizers.collisions.numbering:forbid",
 }
 
 # The same names where all levels draw from one vocabulary.
 SHARED_COLLISIONS = {
-    "extra_level": "genrec.tokenizers.collisions:suffix",
-    "first_unused": "genrec.tokenizers.candidates:first_unused",
-    "forbid": "genrec.tokenizers.collisions:forbid",
+    "extra_level": "genrec.tokenizers.collisions.numbering:suffix",
+    "first_unused": "genrec.tokenizers.collisions.candidates:first_unused",
+    "forbid": "genrec.tokenizers.collisions.numbering:forbid",
 }
 
 __all__ = ["COLLISIONS", "SHARED_COLLISIONS", "TOKENIZERS"]

@@ -21,11 +21,11 @@ from genrec.errors import UserError
 from genrec.item_index import END
 from genrec.runtime import get_logger
 from genrec.tokenizers.base import FloatArray, IntArray, ItemTokenizer, not_fitted
-from genrec.tokenizers.feature_sets import FeatureSets
 from genrec.tokenizers.fixed import training_interactions
-from genrec.tokenizers.merging import PairCounts, learn_merges
 from genrec.tokenizers.parts import complete_part, load_part, make_part, part_state
-from genrec.tokenizers.segmenting import merge_sequence, merge_set
+from genrec.tokenizers.pieces.feature_sets import FeatureSets
+from genrec.tokenizers.pieces.merging import PairCounts, learn_merges
+from genrec.tokenizers.pieces.segmenting import merge_sequence, merge_set
 
 if TYPE_CHECKING:
     from genrec.data import Catalog, Interactions

@@ -23,6 +23,7 @@ from genrec.features.collaborative import CollaborativeConfig, collaborative_vec
 from genrec.tokenizers import TOKENIZERS
 from genrec.tokenizers.base import FloatArray, IntArray, ItemTokenizer, not_fitted
 from genrec.tokenizers.fixed import KnownItems, training_interactions
+from genrec.tokenizers.parts import load_part, make_part, part_state
 
 if TYPE_CHECKING:
     from genrec.data import Catalog, Interactions
@@ -98,7 +99,7 @@ class Hybrid(ItemTokenizer):
     def __init__(self, config: Hybrid.Config) -> None:
         super().__init__(config)
         self._parts = [
-            _make(part, f"tokenizer.parts.{place}", config.seed)
+            make_part(part.tokenizer, path=f"tokenizer.parts.{place}.tokenizer", seed=config.seed)
             for place, part in enumerate(config.parts)
         ]
         self._table: KnownItems | None = None
@@ -205,22 +206,17 @@ class Hybrid(ItemTokenizer):
         return tuple(sizes[column] for column in self._columns())
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the parts' states under `part_0.`, `part_1.` ... and the collaborative vectors."""
+        """Return the parts' states under `part_0/`, `part_1/` ... and the collaborative vectors."""
         self._require_fitted()
-        state = {
-            f"part_{place}.{name}": array
-            for place, part in enumerate(self._parts)
-            for name, array in part.state().items()
-        }
+        state: dict[str, np.ndarray] = {}
+        for place, part in enumerate(self._parts):
+            state |= part_state(part, f"part_{place}")
         return state if self._table is None else {**state, **self._table.state(TABLE)}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> Self:
         """Take what `state` returned."""
         for place, part in enumerate(self._parts):
-            prefix = f"part_{place}."
-            part.load_state(
-                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            )
+            load_part(part, state, f"part_{place}")
         self._table = KnownItems.of_state(state, TABLE) if self._is_collaborative else None
         self._is_fitted = True
         return self
@@ -260,12 +256,3 @@ class Hybrid(ItemTokenizer):
 def _default_parts() -> tuple[Part, ...]:
     names = ("collaborative", "independent")
     return tuple(Part(tokenizer={"name": name}) for name in names)
-
-
-def _make(part: Part, path: str, seed: int) -> ItemTokenizer:
-    section = dict(part.tokenizer)
-    if "seed" in section:
-        section["seed"] += seed
-    cls, config = parse_component(TOKENIZERS, section, path=f"{path}.tokenizer")
-    tokenizer: ItemTokenizer = cls(config)
-    return tokenizer

@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 from genrec.errors import UserError
 from genrec.features.collaborative import CollaborativeConfig, collaborative_vectors
 from genrec.tokenizers.base import IntArray
-from genrec.tokenizers.letter_training import LetterObjective
+from genrec.tokenizers.quantization.letter_training import LetterObjective
+from genrec.tokenizers.quantization.rqvae_training import Network, Objective
 from genrec.tokenizers.rqvae import RQVAE
-from genrec.tokenizers.rqvae_training import Network, Objective
 
 if TYPE_CHECKING:
     from genrec.data import Catalog, Interactions

@@ -22,10 +22,10 @@ from genrec.errors import UserError
 from genrec.item_index import END
 from genrec.tokenizers.base import IntArray, ItemTokenizer, not_fitted
 from genrec.tokenizers.category import COLUMNS
-from genrec.tokenizers.feature_sets import FeatureSets
-from genrec.tokenizers.item_texts import Missing, item_texts
 from genrec.tokenizers.parts import complete_part, load_part, make_part, part_state
-from genrec.tokenizers.subwords import FIRST_SUBWORD, Subwords
+from genrec.tokenizers.pieces.feature_sets import FeatureSets
+from genrec.tokenizers.text.item_texts import Missing, item_texts
+from genrec.tokenizers.text.subwords import FIRST_SUBWORD, Subwords
 
 if TYPE_CHECKING:
     from genrec.data import Catalog, Interactions

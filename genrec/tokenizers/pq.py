@@ -28,8 +28,14 @@ from genrec.tokenizers.base import (
     not_fitted,
     require_distinct,
 )
-from genrec.tokenizers.kmeans import CHUNK, Clusters, kmeans, nearest, squared_distances
-from genrec.tokenizers.subspaces import Space, most_telling_first, procrustes, split
+from genrec.tokenizers.quantization.kmeans import (
+    CHUNK,
+    Clusters,
+    kmeans,
+    nearest,
+    squared_distances,
+)
+from genrec.tokenizers.quantization.subspaces import Space, most_telling_first, procrustes, split
 
 if TYPE_CHECKING:
     from genrec.data import Catalog, Interactions

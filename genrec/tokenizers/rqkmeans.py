@@ -26,7 +26,7 @@ from genrec.tokenizers.base import (
     not_fitted,
     require_distinct,
 )
-from genrec.tokenizers.kmeans import (
+from genrec.tokenizers.quantization.kmeans import (
     CHUNK,
     Clusters,
     balanced_kmeans,

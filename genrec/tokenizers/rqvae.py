@@ -25,8 +25,8 @@ from genrec.tokenizers.base import (
     not_fitted,
     require_distinct,
 )
-from genrec.tokenizers.quantization import code_distances
-from genrec.tokenizers.rqvae_training import Network, Objective, train
+from genrec.tokenizers.quantization.residual import code_distances
+from genrec.tokenizers.quantization.rqvae_training import Network, Objective, train
 
 if TYPE_CHECKING:
     from genrec.data import Catalog, Interactions

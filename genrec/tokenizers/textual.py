@@ -21,11 +21,11 @@ from genrec.config import StrictConfig
 from genrec.errors import ConfigError, UserError
 from genrec.runtime import choose_device, get_logger
 from genrec.tokenizers.base import IntArray, ItemTokenizer, not_fitted
-from genrec.tokenizers.candidates import first_unused
-from genrec.tokenizers.item_texts import MAX_NAMED, Missing, item_texts
-from genrec.tokenizers.phrase_generator import PhraseGenerator, train_on_phrases
-from genrec.tokenizers.salient_words import salient_phrases
-from genrec.tokenizers.subwords import FIRST_SUBWORD, TRAIN, Subwords
+from genrec.tokenizers.collisions.candidates import first_unused
+from genrec.tokenizers.text.item_texts import MAX_NAMED, Missing, item_texts
+from genrec.tokenizers.text.phrase_generator import PhraseGenerator, train_on_phrases
+from genrec.tokenizers.text.salient_words import salient_phrases
+from genrec.tokenizers.text.subwords import FIRST_SUBWORD, TRAIN, Subwords
 
 if TYPE_CHECKING:
     from genrec.data import Catalog, Interactions

@@ -18,8 +18,8 @@ from genrec.config import StrictConfig
 from genrec.errors import UserError
 from genrec.runtime import get_logger
 from genrec.tokenizers.base import IntArray, ItemTokenizer, not_fitted
-from genrec.tokenizers.item_texts import MAX_NAMED, Missing, item_texts
-from genrec.tokenizers.subwords import FIRST_SUBWORD, Subwords
+from genrec.tokenizers.text.item_texts import MAX_NAMED, Missing, item_texts
+from genrec.tokenizers.text.subwords import FIRST_SUBWORD, Subwords
 
 if TYPE_CHECKING:
     from genrec.data import Catalog, Interactions

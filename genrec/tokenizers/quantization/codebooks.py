@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genrec.tokenizers.base import unit_length
-from genrec.tokenizers.kmeans import Clusters, kmeans, minibatch_kmeans
-from genrec.tokenizers.quantization import Quantized, nearest_code
+from genrec.tokenizers.quantization.kmeans import Clusters, kmeans, minibatch_kmeans
+from genrec.tokenizers.quantization.residual import Quantized, nearest_code
 
 if TYPE_CHECKING:
     from genrec.tokenizers.rqvae import RQVAE

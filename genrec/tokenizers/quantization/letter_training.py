@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genrec.tokenizers.codebooks import KMEANS_ITERATIONS, LLOYD_ITEMS, plain_clusters
-from genrec.tokenizers.constrained_kmeans import constrained_kmeans
-from genrec.tokenizers.kmeans import Clusters
-from genrec.tokenizers.quantization import Quantized, chosen_vectors, info_nce, reduced
-from genrec.tokenizers.rqvae_training import Network, Objective
+from genrec.tokenizers.quantization.codebooks import KMEANS_ITERATIONS, LLOYD_ITEMS, plain_clusters
+from genrec.tokenizers.quantization.constrained_kmeans import constrained_kmeans
+from genrec.tokenizers.quantization.kmeans import Clusters
+from genrec.tokenizers.quantization.residual import Quantized, chosen_vectors, info_nce, reduced
+from genrec.tokenizers.quantization.rqvae_training import Network, Objective
 
 if TYPE_CHECKING:
     from genrec.tokenizers.letter import LETTER

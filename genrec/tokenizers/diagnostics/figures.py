@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genrec.item_index import END
-from genrec.tokenizers.agreement import (
+from genrec.tokenizers.base import FloatArray, IntArray, ItemTokenizer
+from genrec.tokenizers.diagnostics.agreement import (
     cooccurrence_figures,
     neighbour_figures,
     reconstruction_figures,
     total_variance,
 )
-from genrec.tokenizers.base import FloatArray, IntArray, ItemTokenizer
 
 if TYPE_CHECKING:
     from genrec.data import Catalog, Interactions

@@ -19,7 +19,7 @@ from genrec.errors import UserError
 from genrec.item_index import END, ItemIndex
 from genrec.tokenizers import COLLISIONS, SHARED_COLLISIONS
 from genrec.tokenizers.base import IntArray
-from genrec.tokenizers.last_codes import Distances, match_nearest
+from genrec.tokenizers.collisions.last_codes import Distances, match_nearest
 
 LAST_CODE_POLICIES = ("assign_last", "sinkhorn", "nearest_free")
 Codes = tuple[int, ...]

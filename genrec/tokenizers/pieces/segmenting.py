@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from genrec.tokenizers.merging import EMPTY
+from genrec.tokenizers.pieces.merging import EMPTY
 
 
 def merge_set(tokens: Sequence[int], ranks: Mapping[tuple[int, int], int]) -> list[int]:

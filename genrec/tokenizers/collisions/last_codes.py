@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from genrec.errors import UserError
 from genrec.runtime import get_logger
-from genrec.tokenizers.collisions import (
+from genrec.tokenizers.collisions.numbering import (
     IntArray,
     Unique,
     collision_groups,
@@ -173,7 +173,7 @@ def _sinkhorn_rounds(last_R: IntArray, distances_RK: np.ndarray) -> IntArray:
     """Return last codes with at least as many different ones among them."""
     import torch
 
-    from genrec.tokenizers.quantization import sinkhorn as plan
+    from genrec.tokenizers.quantization.residual import sinkhorn as plan
 
     for _ in range(NUM_ROUNDS):
         colliding, free = _colliding_and_free(last_R, distances_RK.shape[1])

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from genrec.errors import TrainingError
 from genrec.runtime import progress
-from genrec.tokenizers.codebooks import (
+from genrec.tokenizers.quantization.codebooks import (
     Cluster,
     MovingAverages,
     Usage,
     kmeans_codebooks,
     plain_clusters,
 )
-from genrec.tokenizers.kmeans import Clusters
-from genrec.tokenizers.quantization import (
+from genrec.tokenizers.quantization.kmeans import Clusters
+from genrec.tokenizers.quantization.residual import (
     Quantized,
     balanced_code,
     info_nce,

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from genrec.tokenizers.kmeans import Clusters, kmeans, nearest, squared_distances
+from genrec.tokenizers.quantization.kmeans import Clusters, kmeans, nearest, squared_distances
 
 TOLERANCE = 1e-9
 """Relative gain below which a path is not shorter; keeps rounding from closing a cycle."""

@@ -15,7 +15,7 @@ import numpy as np
 from genrec.errors import UserError
 from genrec.item_index import END
 from genrec.runtime import get_logger
-from genrec.tokenizers.collisions import IntArray, Unique, suffix
+from genrec.tokenizers.collisions.numbering import IntArray, Unique, suffix
 
 log = get_logger(__name__)
 Candidates = Callable[[IntArray, int], IntArray | None]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from genrec.tokenizers.kmeans import CHUNK, Clusters
+from genrec.tokenizers.quantization.kmeans import CHUNK, Clusters
 
 FloatArray = np.ndarray
 IntArray = np.ndarray

@@ -21,7 +21,7 @@ from genrec.artifacts import fingerprint
 from genrec.errors import ArtifactError, GenrecError, UserError
 from genrec.runtime import get_logger, progress
 from genrec.tokenizers.base import ItemTokenizer
-from genrec.tokenizers.vector_reader import BATCH_SIZE, VectorReader
+from genrec.tokenizers.files.vector_reader import BATCH_SIZE, VectorReader
 
 log = get_logger(__name__)
 

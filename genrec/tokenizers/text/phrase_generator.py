@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from genrec.errors import TrainingError, UserError
 from genrec.item_index import END
 from genrec.runtime import choose_device, progress
-from genrec.tokenizers.subwords import UNMAPPED, Subwords
+from genrec.tokenizers.text.subwords import UNMAPPED, Subwords
 
 if TYPE_CHECKING:
     from genrec.tokenizers.textual import Textual

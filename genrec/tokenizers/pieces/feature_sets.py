@@ -15,8 +15,8 @@ import numpy as np
 
 from genrec.artifacts import pack_strings, unpack_strings
 from genrec.runtime import get_logger
-from genrec.tokenizers.attributes import attribute_values
 from genrec.tokenizers.base import IntArray
+from genrec.tokenizers.text.attributes import attribute_values
 
 if TYPE_CHECKING:
     from genrec.data import Catalog

@@ -1,0 +1,1 @@
+"""Codes of more items than fit into memory: vectors from a file, codes to a file."""

@@ -1,0 +1,1 @@
+"""Sets of features that grow into tokens: the vocabulary of ActionPiece."""
