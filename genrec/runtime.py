@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -56,8 +57,24 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+_default_device: ContextVar[Any] = ContextVar("default_device", default=None)
+
+
+@contextmanager
+def default_device(device: Any) -> Iterator[None]:
+    """Let `choose_device()` return this `torch.device` inside the block.
+
+    For parts of a run that have no device setting of their own (encoders, quantizers).
+    """
+    token = _default_device.set(device)
+    try:
+        yield
+    finally:
+        _default_device.reset(token)
+
+
 def choose_device(name: str | None = None) -> Any:
-    """Return a `torch.device`: the named one, or the best that is at hand.
+    """Return a `torch.device`: the named one, that of `default_device`, or the best at hand.
 
     Raises:
         UserError: the named device is not available here.
@@ -65,6 +82,8 @@ def choose_device(name: str | None = None) -> Any:
     import torch
 
     if name is None:
+        if _default_device.get() is not None:
+            return _default_device.get()
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("cpu")

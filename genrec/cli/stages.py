@@ -45,6 +45,7 @@ def embed(
     overrides: list[str] = OVERRIDES,
     out: Path = OUT,
     config: Path = CONFIG,
+    device: str = DEVICE,
     as_json: bool = JSON,
 ) -> None:
     """Turn items into vectors; a killed call goes on where it was, processes share the work."""
@@ -53,19 +54,21 @@ def embed(
     from genrec.features import FEATURES
     from genrec.pipeline import stages
     from genrec.pipeline.run import make_accelerator
+    from genrec.runtime import default_device
 
     chosen = load_config(config, overrides, data=str(dataset)).features
-    loaded, accelerator = Dataset.load(dataset), make_accelerator()
+    loaded, accelerator = Dataset.load(dataset), make_accelerator(device=device)
     resolved = stages.component(FEATURES, chosen)(chosen).resolve()
     together = stages.component(FEATURES, resolved)(resolved).shares_work
     if together or accelerator.is_main_process:
-        stages.embed(
-            out,
-            loaded.catalog,
-            resolved,
-            interactions=loaded.interactions,
-            accelerator=accelerator,
-        )
+        with default_device(accelerator.device):
+            stages.embed(
+                out,
+                loaded.catalog,
+                resolved,
+                interactions=loaded.interactions,
+                accelerator=accelerator,
+            )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         artifact = load_artifact(out, kind="vectors")

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from genrec.cli.common import CONFIG, JSON, OVERRIDES, load_config, print_json
+from genrec.cli.common import CONFIG, DEVICE, JSON, OVERRIDES, load_config, print_json
 
 
 def tokenize(
@@ -30,13 +30,19 @@ def tokenize(
         None, "--index", help="With --add: bundle, or folder that `genrec tokenize` wrote."
     ),
     skip: bool = typer.Option(False, "--skip", help="With --add: leave out what cannot be placed."),
+    device: str = DEVICE,
     as_json: bool = JSON,
 ) -> None:
     """Fit a tokenizer and give every item its codes, or code new items (--add)."""
-    if add is not None:
-        report = _add(dataset, overrides, add=add, index=index, vectors=vectors, out=out, skip=skip)
-    else:
-        report = _fit(dataset, overrides, vectors=vectors, out=out, config=config, seed=seed)
+    from genrec.runtime import choose_device, default_device
+
+    with default_device(choose_device(device)):
+        if add is not None:
+            report = _add(
+                dataset, overrides, add=add, index=index, vectors=vectors, out=out, skip=skip
+            )
+        else:
+            report = _fit(dataset, overrides, vectors=vectors, out=out, config=config, seed=seed)
     if as_json:
         print_json(report)
         return

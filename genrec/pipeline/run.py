@@ -99,6 +99,10 @@ class Run:
         Raises:
             DataError: the data checks found errors.
         """
+        with runtime.default_device(self.accelerator.device):
+            return self._execute(command)
+
+    def _execute(self, command: str) -> dict[str, Any]:
         begun = time.perf_counter()
         dataset = self.dataset()
         findings = self._check(dataset)
