@@ -74,6 +74,13 @@ def test_results_equal_what_the_lists_say(small_run: Path, small_cache: Path) ->
     assert modes == {False, True}
 
 
+def test_results_say_what_the_codes_are_like(small_run: Path) -> None:
+    tokens = json.loads((small_run / "results.json").read_text())["tokens"]
+    assert tokens["index"]["num_distinct"] == tokens["num_items"] == 184
+    correlation = tokens["cooccurrence"]["correlation"]
+    assert -1 <= correlation <= 1 and tokens["index"]["cooccurrence"]["num_pairs"] > 0
+
+
 def test_per_user_values_average_to_the_table(small_run: Path) -> None:
     results = json.loads((small_run / "results.json").read_text())
     table = pl.read_parquet(small_run / "per_user.parquet")

@@ -109,7 +109,7 @@ class Run:
         catalog = self.embed(dataset)
         runs = [self.one_seed(dataset, catalog, seed) for seed in self.config.seeds]
         baselines = self.baselines(dataset)
-        tokens = self.tokens(catalog, runs[0])
+        tokens = self.tokens(dataset, catalog, runs[0])
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return {}
@@ -323,15 +323,20 @@ class Run:
             label=f"alternate (seed {seed}, {number})",
         )
 
-    def tokens(self, catalog: Catalog, run: SeedRun) -> dict[str, Any]:
+    def tokens(self, dataset: Dataset, catalog: Catalog, run: SeedRun) -> dict[str, Any]:
         """Return collision and usage figures of one seed's index (docs/tokenizers.md)."""
         assert run.tokenizer is not None
+        training = dataset.interactions.training()
         tokenizer, index = run.tokenizer, ItemIndex.load(run.index.path)
         figures = self.cache.get(
             "tokens",
             "tokens",
-            {"tokenizer": tokenizer.fingerprint, "index": index.fingerprint},
-            lambda path: stages.write_token_figures(path, tokenizer, index, catalog),
+            {
+                "tokenizer": tokenizer.fingerprint,
+                "index": index.fingerprint,
+                "interactions": training.fingerprint,
+            },
+            lambda path: stages.write_token_figures(path, tokenizer, index, catalog, training),
         )
         return dict(figures.extra)
 

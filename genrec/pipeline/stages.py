@@ -164,16 +164,23 @@ def build_index(
     built.save(path, upstream={"tokenizer": tokenizer.fingerprint})
 
 
-def describe_index(tokenizer: Artifact, index: ItemIndex, catalog: Catalog) -> dict[str, Any]:
-    """Return the collision and usage figures of an index (JSON)."""
-    return diagnose(ItemTokenizer.load(tokenizer.path), index, catalog)
-
-
 def write_token_figures(
-    path: Path, tokenizer: Artifact, index: ItemIndex, catalog: Catalog
+    path: Path,
+    tokenizer: Artifact,
+    index: ItemIndex,
+    catalog: Catalog,
+    interactions: Interactions,
 ) -> None:
-    """Write what `describe_index` says (artifact "tokens")."""
-    figures = describe_index(tokenizer, index, catalog)
+    """Write the collision and usage figures of an index (artifact "tokens").
+
+    Args:
+        path: where to.
+        tokenizer: fitted.
+        index: built with it.
+        catalog: all items, with vectors where the tokenizer reads them.
+        interactions: training interactions, for agreement with co-occurrence.
+    """
+    figures = diagnose(ItemTokenizer.load(tokenizer.path), index, catalog, interactions)
     save_artifact(path, kind="tokens", upstream={"index": index.fingerprint}, extra=figures)
 
 
