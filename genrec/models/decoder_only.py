@@ -18,27 +18,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec.errors import UserError
 from genrec.models.base import PAD, START, Backbone, Batch, LossOutput, check_heads, keep_last
-from genrec.models.layers import (
-    FeedForward,
-    merge_heads,
-    module_list,
-    rotary_tables,
-    rotate,
-    shared_prompt_attention,
-    split_heads,
+from genrec.models.causal import (
+    NORM_EPS,
+    CausalConfig,
+    CausalLayer,
+    KeysValues,
+    init_weights,
+    prefill,
 )
+from genrec.models.layers import module_list, rotary_tables, shared_prompt_attention
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-KeysValues = tuple[Tensor, Tensor]
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -60,77 +56,14 @@ class DecoderState:
     own: tuple[KeysValues, ...]
 
 
-class Layer(nn.Module):
-    """Causal self-attention and a feed-forward block, each behind an RMSNorm."""
-
-    def __init__(self, config: DecoderOnly.Config) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
-        width = config.d_model
-        self.attention_norm = nn.RMSNorm(width, eps=NORM_EPS)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.feed_forward_norm = nn.RMSNorm(width, eps=NORM_EPS)
-        self.feed_forward = FeedForward(width, config.d_ff, config.activation, dropout=0.0)
-
-    def forward(self, x_BTD: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> tuple[Tensor, KeysValues]:
-        """Return the layer's output for every position, and its keys and values."""
-        qkv_BTX = self.qkv(self.attention_norm(x_BTD))
-        query, key, value = (split_heads(part, self.num_heads) for part in qkv_BTX.chunk(3, -1))
-        query, key = rotate(query, cos_Td, sin_Td), rotate(key, cos_Td, sin_Td)
-        dropout = self.attention_dropout if self.training else 0.0
-        # No mask: padding stands right of everything that is read, so causality hides it, and the
-        # flash kernels stay usable.
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
-        return self.finish(x_BTD, merge_heads(mixed)), (key, value)
-
-    def keys_values(self, x_BTD: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> KeysValues:
-        """Return keys and values (B, h, T, d) only: all that the last layer's prefill needs."""
-        weight = self.qkv.weight[x_BTD.shape[-1] :]
-        key, value = F.linear(self.attention_norm(x_BTD), weight).chunk(2, -1)
-        key = rotate(split_heads(key, self.num_heads), cos_Td, sin_Td)
-        return key, split_heads(value, self.num_heads)
-
-    def heads_of_rows(self, x_RD: Tensor, cos_Rd: Tensor, sin_Rd: Tensor) -> tuple[Tensor, ...]:
-        """Return query, key and value (R, h, d) of one token per row."""
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1))
-            for part in self.qkv(self.attention_norm(x_RD)).chunk(3, -1)
-        )
-        cos, sin = cos_Rd.unsqueeze(1), sin_Rd.unsqueeze(1)
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
-
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Add the attention's output and the feed-forward block to the residual stream."""
-        x = x + F.dropout(self.out(mixed), self.dropout, self.training)
-        forward = self.feed_forward(self.feed_forward_norm(x))
-        return x + F.dropout(forward, self.dropout, self.training)
-
-
 class DecoderOnly(Backbone):
     """Causal language model over semantic IDs; see the module's text."""
 
-    class Config(Backbone.Config):
-        """Defaults suit data of ML-100K's size (our choice, measured in docs/models.md)."""
+    class Config(CausalConfig):
+        """Defaults are measured in docs/models.md."""
 
         name: Literal["decoder_only"] = "decoder_only"
-        d_model: int = Field(default=64, ge=1)
-        """Width of the residual stream."""
-        num_layers: int = Field(default=2, ge=1)
-        """Transformer layers."""
-        num_heads: int = Field(default=2, ge=1)
-        """Attention heads; each gets d_model / num_heads, an even number."""
-        d_ff: int = Field(default=256, ge=1)
-        """Inner width of the feed-forward blocks."""
-        activation: Literal["swiglu", "gelu"] = "swiglu"
-        """Feed-forward activation. swiglu (Llama's) has a third matrix; gelu is faster on CPU."""
-        rope_theta: float = Field(default=10_000.0, gt=0)
-        """Base of the rotary frequencies (Su et al. 2021)."""
-        init_std: float = Field(default=0.02, gt=0)
-        """Standard deviation of all initial weights (GPT-2)."""
-        predict_first: bool = True
-        """Train on a sequence's first item too; this is what an empty history answers with."""
+        """Name in the registry."""
         item_positions: bool = False
         """Add a learned embedding of the item's position, counted from the first kept item."""
         level_embeddings: bool = False
@@ -152,7 +85,7 @@ class DecoderOnly(Backbone):
     ) -> None:
         super().__init__(config, tokens_NL, codebook_sizes, shared_vocabulary)
         head_width = check_heads(config)
-        self.layers = module_list(Layer(config) for _ in range(config.num_layers))
+        self.layers = module_list(CausalLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         if config.item_positions:
             self.item_position = nn.Embedding(config.max_history + 2, config.d_model)
@@ -161,21 +94,12 @@ class DecoderOnly(Backbone):
         cos, sin = rotary_tables(self.max_tokens, head_width, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self._init_weights()
+        init_weights(self, self.layers, config.init_std)
 
     @property
     def max_tokens(self) -> int:
         """Longest sequence: START, a full history and one more item."""
         return 1 + (self.config.max_history + 1) * self.num_levels
-
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        for weight in self.parameters():
-            if weight.ndim > 1:  # norms keep their ones
-                nn.init.normal_(weight, std=self.config.init_std)
-        for layer in self.layers:  # GPT-2: keeps the residual stream's variance over the depth
-            for branch in (layer.out, layer.feed_forward.down):
-                branch.weight *= (2 * self.config.num_layers) ** -0.5
 
     def loss(self, batch: Batch) -> LossOutput:
         """Predict every item of the sequences in one causal pass (`target_B` is ignored).
@@ -198,28 +122,13 @@ class DecoderOnly(Backbone):
     def begin(self, batch: Batch) -> tuple[Tensor, DecoderState]:
         """Prefill once per request; see `Backbone.begin`."""
         tokens_BT, visible_BT = self.prompt(batch.history_BH)
-        lengths_B = visible_BT.sum(1)
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = self._embed(tokens_BT, positions_T)
-        tables = self.cos[: len(positions_T)], self.sin[: len(positions_T)]
-
-        prompt: list[KeysValues] = []
-        for layer in self.layers[:-1]:
-            x_BTD, keys_values = layer(x_BTD, *tables)
-            prompt.append(keys_values)
-        # The last layer's other outputs are never read: only its keys and values are needed, and
-        # one query per request.
-        last = self.layers[-1]
-        prompt.append(last.keys_values(x_BTD, *tables))
-        x_BD = x_BTD.gather(1, (lengths_B - 1)[:, None, None].expand(-1, 1, x_BTD.shape[-1]))[:, 0]
-        query_Bhd, _, _ = last.heads_of_rows(x_BD, self.cos[lengths_B - 1], self.sin[lengths_B - 1])
-        none = query_Bhd.unsqueeze(2)[:, :, :0]
-        mixed_BD = shared_prompt_attention(query_Bhd, prompt[-1], visible_BT, (none, none))
-        hidden_BD = self.norm(last.finish(x_BD, mixed_BD))
-
+        x_BD, prompt = prefill(self.layers, x_BTD, (self.cos, self.sin), visible_BT)
+        none = prompt[-1][0].new_empty((len(x_BD), self.config.num_heads, 0, self.cos.shape[1]))
         own = ((none, none),) * len(self.layers)
-        state = DecoderState(0, lengths_B, visible_BT, tuple(prompt), own)
-        return self.level_logits(hidden_BD, 0), state
+        state = DecoderState(0, visible_BT.sum(1), visible_BT, tuple(prompt), own)
+        return self.level_logits(self.norm(x_BD), 0), state
 
     def step(
         self, codes_R: Tensor, state: DecoderState, parents_R: Tensor
