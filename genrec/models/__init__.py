@@ -3,5 +3,6 @@
 BACKBONES = {
     "encoder_decoder": "genrec.models.encoder_decoder:EncoderDecoder",
     "decoder_only": "genrec.models.decoder_only:DecoderOnly",
+    "hierarchical": "genrec.models.hierarchical:Hierarchical",
 }
 """Name in YAML -> "module:Class"."""

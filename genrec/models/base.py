@@ -290,17 +290,18 @@ class Backbone(nn.Module, ABC):
         return logits
 
     def items_nll(self, hidden_MLD: Tensor, rows_M: Tensor, valid_M: Tensor) -> LossOutput:
-        """Return the loss of M items from the hidden states that predict their L tokens.
+        """Return the loss of M items from the hidden states that predict their tokens.
 
         Args:
-            hidden_MLD: state that predicts level l of item m.
+            hidden_MLD: state that predicts level l of item m; of fewer levels than there are, the
+                loss of these.
             rows_M: int64 item rows (anything where not valid).
             valid_M: bool, which items count.
         """
         total = hidden_MLD.new_zeros((), dtype=torch.float32)
         rows_M, counts_M = rows_M.clamp(min=0), valid_M
         tokens_ML = self.tokens_NL[rows_M]
-        for level in range(self.num_levels):
+        for level in range(hidden_MLD.shape[1]):
             if level and self.shared_vocabulary:  # what follows the end of a semantic ID is certain
                 counts_M = counts_M & (tokens_ML[:, level - 1] != FIRST_TOKEN + END)
             hidden_MD, target_M = hidden_MLD[:, level], tokens_ML[:, level]

@@ -1,0 +1,162 @@
+"""Does the hierarchical backbone keep the contract, with codes only and with a choice of items?"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from genrec.decoding import CSRIndex, beam_search, score_catalogue
+from genrec.errors import ConfigError
+from genrec.item_index import ItemIndex
+from genrec.models.base import pad_histories
+from genrec.models.hierarchical import Hierarchical
+from genrec.models.item_groups import NO_ITEM, ItemGroups
+from genrec.testing import brute_force_logprobs, random_index
+from genrec.testing.decoding import random_titles
+from genrec.testing.models import (
+    HISTORIES,
+    MAX_HISTORY,
+    SIZES,
+    BackboneContract,
+    item_logprobs,
+    small_codes,
+    training_batch,
+)
+
+SMALL = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class TestItemsAfterOneCode(BackboneContract):
+    backbone = Hierarchical
+    options: ClassVar = {**SMALL, "item_vectors": False, "items_from": 1, "activation": "gelu"}
+
+
+class TestOwnVectors(BackboneContract):
+    """The table of own vectors has a row per item: no other catalogue can take the weights."""
+
+    backbone = Hierarchical
+    options: ClassVar = {**SMALL, "items_from": 2, "tie_embeddings": False}
+    test_probabilities_of_all_codes_sum_to_one = None
+
+
+class TestWholeCatalogue(BackboneContract):
+    backbone = Hierarchical
+    options: ClassVar = {**SMALL, "items_from": 0, "num_layers": 1, "attention_dropout": 0.1}
+    test_probabilities_of_all_codes_sum_to_one = None
+
+
+def backbone(index: ItemIndex, **options) -> Hierarchical:
+    torch.manual_seed(0)
+    config = Hierarchical.Config(**{**SMALL, "max_history": MAX_HISTORY, "dropout": 0.0, **options})
+    model = Hierarchical.from_index(config, index)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    return model.eval()
+
+
+CODES = random_index(40, (4, 5, 6), seed=1)
+TITLES = random_titles(40, num_words=5, num_levels=3, seed=1)
+
+
+@pytest.mark.parametrize("index", [CODES, TITLES], ids=["codes", "titles"])
+@pytest.mark.parametrize("first", [0, 1, 2])
+@torch.no_grad()
+def test_items_below_a_prefix_share_its_probability(index, first):
+    """Summed over what items add to a prefix, probabilities are 1: no code without an item."""
+    model = backbone(index, items_from=first, softmax="trie")
+    batch = pad_histories(HISTORIES, MAX_HISTORY)
+    logprobs_BN = item_logprobs(model, batch)
+    if first == 0:
+        torch.testing.assert_close(logprobs_BN.exp().sum(1), torch.ones(len(batch)))
+    constraint = CSRIndex.from_index(index)
+    found_BN = score_catalogue(model, batch, constraint)
+    truth_BN = brute_force_logprobs(
+        model, batch, index.codes, shared_vocabulary=index.shared_vocabulary
+    )
+    np.testing.assert_allclose(found_BN, truth_BN, atol=1e-4)
+    torch.testing.assert_close(found_BN.exp().sum(1), torch.ones(len(batch)), atol=1e-4, rtol=0)
+    beams = beam_search(model, batch, constraint, width=len(index), k=len(index))
+    expected_BN = np.take_along_axis(truth_BN, beams.rows_Bk.numpy(), 1)
+    np.testing.assert_allclose(beams.logprobs_Bk, expected_BN, atol=1e-4)
+
+
+@torch.no_grad()
+def test_from_level_zero_it_is_a_softmax_over_the_catalogue():
+    """The plain twin: one product of the last position's output with all item vectors."""
+    model = backbone(CODES, items_from=0)
+    batch = pad_histories(HISTORIES, MAX_HISTORY)
+    state = model.begin(batch)[1]
+    vectors_ND = model.item_vectors(torch.arange(len(CODES)))
+    plain_BN = (state.memory_RD @ vectors_ND.T).log_softmax(-1)
+    torch.testing.assert_close(item_logprobs(model, batch), plain_BN, atol=1e-4, rtol=0)
+
+
+def test_item_dropout_forgets_own_vectors_in_training_only():
+    model = backbone(CODES, items_from=1, item_dropout=0.5)
+    batch = training_batch(model, [(3, 1, 4), (2, 6)])
+    assert torch.equal(model.loss(batch).loss, model.loss(batch).loss)
+    without = backbone(CODES, items_from=1, item_vectors=False).eval()
+    without.load_state_dict(model.state_dict(), strict=False)
+    model.train()
+    losses = {float(model.loss(batch).loss.detach()) for _ in range(20)}
+    assert len(losses) > 10
+    with torch.no_grad():
+        model.own.weight.zero_()
+        same = {float(model.loss(batch).loss) for _ in range(5)}
+        assert len(same) == 1
+        assert same.pop() == pytest.approx(float(without.loss(batch).loss), abs=1e-5)
+
+
+def test_a_table_and_single_vectors_are_the_same():
+    model = backbone(CODES)
+    few = torch.tensor([[3, 7], [0, 3]])
+    many = few.repeat(40, 1)
+    assert torch.equal(model.item_vectors(many)[:2], model.item_vectors(few))
+
+
+def test_items_from_a_level_that_is_not_there_says_so():
+    with pytest.raises(ConfigError, match=r"items_from: got 3 .*at most 2"):
+        backbone(CODES, items_from=3)
+
+
+def test_groups_know_prefixes_of_any_length_without_overflow():
+    """Twelve levels of a million codes: prefixes far beyond 64 bits."""
+    rng = np.random.default_rng(0)
+    codes_NL = torch.from_numpy(rng.integers(0, 10**6, (50, 12)))
+    codes_NL[:20, :11] = codes_NL[0, :11]
+    groups = ItemGroups(codes_NL, (10**6,) * 12, 11)
+    prefixes_M = torch.zeros(50, dtype=torch.int64)
+    for level in range(11):
+        prefixes_M = groups.extend(prefixes_M, codes_NL[:, level], level)
+    for row, items in enumerate(groups.below(prefixes_M).tolist()):
+        assert sorted(set(items) - {NO_ITEM}) == (list(range(20)) if row < 20 else [row])
+    assert torch.equal(groups.below(prefixes_M), groups.around(torch.arange(50)))
+    nowhere = groups.extend(torch.tensor([0, NO_ITEM]), torch.tensor([123, 5]), 0)
+    assert nowhere.tolist() == [NO_ITEM, NO_ITEM]
+    assert (groups.below(nowhere) == NO_ITEM).all()
+
+
+def test_sums_per_code_are_exact_for_scores_far_apart():
+    codes_NL = torch.from_numpy(small_codes(24))
+    groups = ItemGroups(codes_NL, SIZES, 0)
+    scores_MC = torch.randn(3, 24, generator=torch.Generator().manual_seed(0)) * 200
+    scores_MC[1, 5:] = -torch.inf
+    items_MC = groups.below(torch.zeros(3, dtype=torch.int64))
+    found_MK = groups.code_logits(scores_MC, items_MC, 1)
+    for m in range(3):
+        for code in range(SIZES[1]):
+            mine = scores_MC[m, codes_NL[items_MC[m], 1] == code].double()
+            expected = float(mine.logsumexp(0))
+            assert float(found_MK[m, code]) == pytest.approx(expected, rel=1e-6)
