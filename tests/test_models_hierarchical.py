@@ -126,6 +126,18 @@ def test_a_table_and_single_vectors_are_the_same():
     assert torch.equal(model.item_vectors(many)[:2], model.item_vectors(few))
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_one_product_and_gathered_vectors_give_the_same_loss(first, monkeypatch):
+    losses = []
+    for cost in (0, 10**6):
+        monkeypatch.setattr("genrec.models.hierarchical.GATHER_COST", cost)
+        model = backbone(CODES, items_from=first).train()
+        output = model.loss(training_batch(model, [(3, 1, 4), (2, 6, 9)]))
+        output.loss.backward()
+        losses.append((output.loss, model.own.weight.grad))
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-4)
+
+
 def test_items_from_a_level_that_is_not_there_says_so():
     with pytest.raises(ConfigError, match=r"items_from: got 3 .*at most 2"):
         backbone(CODES, items_from=3)

@@ -28,9 +28,9 @@ from genrec.errors import ConfigError
 from genrec.models.base import (
     IGNORED,
     START,
-    Backbone,
     Batch,
     LossOutput,
+    ScratchBackbone,
     check_heads,
     keep_last,
 )
@@ -43,6 +43,8 @@ from genrec.models.causal import (
 )
 from genrec.models.item_groups import NO_ITEM, ItemGroups
 from genrec.models.layers import module_list, rotary_tables
+
+GATHER_COST = 16  # reading a vector per candidate costs as much as so many products in a matrix
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class LevelDecoder(nn.Module):
         return query
 
 
-class Hierarchical(Backbone):
+class Hierarchical(ScratchBackbone):
     """Transformer over item positions with a decoder over levels; see the module's text."""
 
     class Config(CausalConfig):
@@ -214,8 +216,14 @@ class Hierarchical(Backbone):
 
     def _scores(self, query_MD: Tensor, items_MC: Tensor) -> Tensor:
         """Return float32 scores of items, -inf for filling."""
-        vectors_MCD = self.item_vectors(items_MC)
-        scores_MC = (vectors_MCD @ query_MD.unsqueeze(-1).to(vectors_MCD.dtype)).squeeze(-1)
+        num_items = len(self.tokens_NL)
+        if self.training and items_MC.shape[1] * GATHER_COST > num_items:
+            # One product with all items reads less memory than the vectors of large groups.
+            every_ND = self.item_vectors(torch.arange(num_items, device=items_MC.device))
+            scores_MC = F.linear(query_MD, every_ND).gather(1, items_MC.clamp(min=0))
+        else:
+            vectors_MCD = self.item_vectors(items_MC)
+            scores_MC = (vectors_MCD @ query_MD.unsqueeze(-1).to(vectors_MCD.dtype)).squeeze(-1)
         return scores_MC.float().masked_fill(items_MC == NO_ITEM, -torch.inf)
 
     def begin(self, batch: Batch) -> tuple[Tensor, HierarchicalState]:
