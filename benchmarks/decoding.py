@@ -6,7 +6,7 @@ satisfy than on a trained model's. Under renormalised scoring our search stops r
 prefixes with one item left; "fixed shapes" is the variant for GPUs, which does so only where the
 catalogue alone tells it. Beside the peer stands the floor: the search's own matrix products alone.
 
-    python -m benchmarks.decoding [--quick] [--json FILE]
+    python -m benchmarks.decoding [--quick] [--runs N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -306,11 +306,13 @@ def decoder_only(index: ItemIndex, size: Size, **options: Any) -> Any:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run all cases; see the module's text."""
-    arguments = common.parser(__doc__).parse_args(argv)
+    parser = common.parser(__doc__)
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each side")
+    arguments = parser.parse_args(argv)
     common.one_thread()
-    quick = arguments.quick
-    tiger = Size(12_101, 256, 32, 20, 20, runs=5)
-    prompt = Size(12_101, 256, 4, 60, 20, runs=5)
+    quick, runs = arguments.quick, arguments.runs
+    tiger = Size(12_101, 256, 32, 20, 20, runs=runs)
+    prompt = Size(12_101, 256, 4, 60, 20, runs=runs)
     if quick:
         tiger, prompt = Size(2_000, 64, 4, 10, 10, runs=3), Size(2_000, 64, 2, 20, 10, runs=3)
     tiger_index, prompt_index = random_catalogue(tiger), random_catalogue(prompt)

@@ -17,12 +17,13 @@ from genrec.decoding import (
 from genrec.decoding.hf import CatalogueLogitsProcessor, prefix_allowed_tokens_fn
 from genrec.errors import UserError
 from genrec.models.pretrained_decoder import PretrainedDecoder, add_code_tokens
-from genrec.testing import StepModelContract, brute_force_logprobs, random_index
+from genrec.testing import StepModelContract, brute_force_logprobs, random_index, rank
 from genrec.testing.decoding import random_titles
 
 SIZES = (5, 6, 4)
 WORDS = 20  # tokens of the model beside the codes
 INDEX = random_index(50, SIZES, seed=2)
+TITLES = random_titles(40, num_words=6, num_levels=3, seed=2)
 HISTORIES = [[1, 2, 3, 4], [9], [7, 8], [9, 8, 3, 2, 1, 0]]
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
 
@@ -136,9 +137,16 @@ def test_several_levels_in_one_pass_equal_one_after_another(name):
     assert torch.allclose(again, second, atol=1e-4)
 
 
-def theirs(model, index, width, processor):
-    """Ask `generate` for the same lists; prompts of one length, as padding is its own matter."""
-    prompt = torch.tensor([model.prompt(h) for h in ([1, 2, 3], [4, 5, 6], [7, 7, 0])])
+EQUAL = [[1, 2, 3], [4, 5, 6], [7, 7, 0]]
+RAGGED = [[1, 2, 3], [4], [7, 7]]
+
+
+def theirs(model, index, width, processor, histories=EQUAL):
+    """Ask `generate` for the same lists; it wants prompts padded on the left."""
+    prompts = [model.prompt(history) for history in histories]
+    longest = max(map(len, prompts))
+    prompt = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     first = int(model.code_tokens[0][0])
     options = dict(first_token=first, prompt_length=prompt.shape[1])
     if processor:
@@ -151,7 +159,7 @@ def theirs(model, index, width, processor):
         constraint = dict(prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(index, **options))
     output = model.model.generate(
         prompt,
-        attention_mask=torch.ones_like(prompt),
+        attention_mask=real,
         num_beams=width,
         num_return_sequences=width,
         max_new_tokens=index.num_levels,
@@ -170,22 +178,34 @@ def theirs(model, index, width, processor):
 
 
 @FAMILIES
+@pytest.mark.parametrize("index", [INDEX, TITLES], ids=["codes", "titles"])
 @pytest.mark.parametrize("processor", [False, True])
 @torch.no_grad()
-def test_lists_equal_those_of_generate(name, processor):
-    model = decoder(name)
-    rows, scores = theirs(model, INDEX, 6, processor)
-    beams = beam_search(
-        model, [[1, 2, 3], [4, 5, 6], [7, 7, 0]], CSRIndex.from_index(INDEX), width=6, k=6
-    )
+def test_lists_equal_those_of_generate(name, index, processor):
+    model = decoder(name, index)
+    rows, scores = theirs(model, index, 6, processor)
+    beams = beam_search(model, EQUAL, CSRIndex.from_index(index), width=6, k=6)
     assert beams.rows_Bk.tolist() == rows.tolist()
     assert torch.allclose(beams.logprobs_Bk, scores, atol=1e-4)
+
+
+@FAMILIES
+@torch.no_grad()
+def test_ragged_prompts_equal_those_that_generate_pads_on_the_left(name):
+    model = decoder(name)
+    rows, scores = theirs(model, INDEX, 6, True, RAGGED)
+    beams = beam_search(model, RAGGED, CSRIndex.from_index(INDEX), width=6, k=6)
+    assert beams.rows_Bk.tolist() == rows.tolist()
+    assert torch.allclose(beams.logprobs_Bk, scores, atol=1e-4)
+    for request, history in enumerate(RAGGED):
+        alone = beam_search(model, [history], CSRIndex.from_index(INDEX), width=6, k=6)
+        assert torch.equal(alone.rows_Bk[0], beams.rows_Bk[request])
 
 
 @pytest.mark.parametrize("scoring", ["renormalized", "level", "raw"])
 @pytest.mark.parametrize("titles", [False, True])
 def test_search_and_scores_equal_brute_force(titles, scoring):
-    index = random_titles(40, num_words=6, num_levels=3, seed=2) if titles else INDEX
+    index = TITLES if titles else INDEX
     model, constraint = decoder("qwen3", index), CSRIndex.from_index(index)
     batch = HISTORIES[:2]
     truth_BN = brute_force_logprobs(
@@ -193,6 +213,11 @@ def test_search_and_scores_equal_brute_force(titles, scoring):
     )
     scores_BN = score_catalogue(model, batch, constraint, scoring=scoring)
     assert np.allclose(scores_BN, truth_BN, atol=1e-4)
+    count = len(index)
+    whole = beam_search(model, batch, constraint, width=count, k=count, scoring=scoring)
+    assert whole.certified_B.all()
+    for b in range(len(batch)):
+        assert whole.rows_Bk[b].tolist() == rank(truth_BN[b], count).tolist()
     fast = beam_search(model, batch, constraint, width=6, k=6, scoring=scoring)
     slow = reference_beam_search(
         model, batch, Trie.from_index(index), width=6, k=6, scoring=scoring

@@ -25,6 +25,12 @@ def register(app: typer.Typer) -> None:
         k: int = typer.Option(10, "-k", help="List length."),
         candidates: str = typer.Option(None, "--candidates", help="The only items to rank."),
         exclude: str = typer.Option(None, "--exclude", help="Items to leave out."),
+        rule: str = typer.Option(
+            None,
+            "--rule",
+            help="The only items that may be listed: an expression over the catalogue's columns, "
+            'e.g. "year >= 1990 and title is not null".',
+        ),
         keep_seen: bool = typer.Option(False, "--keep-seen", help="Keep the history's items in."),
         width: int = typer.Option(None, "--width", help="Beam width; default the bundle's."),
         missing: str = typer.Option(
@@ -44,6 +50,7 @@ def register(app: typer.Typer) -> None:
             candidates=_ids(candidates) if candidates is not None else None,
             exclude=_ids(exclude) if exclude is not None else None,
             exclude_seen=not keep_seen,
+            rule=rule,
             width=width,
             missing=missing,  # type: ignore[arg-type]
         )

@@ -8,7 +8,13 @@ Networks meet this room only through the `StepModel` protocol.
 from genrec.decoding.beam import beam_search
 from genrec.decoding.boosts import Boosts
 from genrec.decoding.csr import CSRIndex
-from genrec.decoding.exact import exact_search, invalid_mass, score_candidates, score_catalogue
+from genrec.decoding.exact import (
+    exact_search,
+    invalid_mass,
+    score_candidates,
+    score_catalogue,
+    score_levels,
+)
 from genrec.decoding.protocol import (
     Beams,
     Children,
@@ -37,4 +43,5 @@ __all__ = [
     "reference_beam_search",
     "score_candidates",
     "score_catalogue",
+    "score_levels",
 ]

@@ -177,9 +177,13 @@ class Search:
         running = (n for n in levels if constraint.num_unsettled(n + 1, scoring) == 0)
         self.last = next(running, levels[-1])
 
-    @torch.no_grad()
     def run(self, model: StepModel, logits_BK: Tensor, state: Any, *, width: int, k: int) -> Beams:
         """Search on from a prefill: what `begin` returned, of `speaker(model, scoring)`."""
+        # Not a decorator: torch.compile cannot look through one on a method.
+        with torch.no_grad():
+            return self._run(model, logits_BK, state, width, k)
+
+    def _run(self, model: StepModel, logits_BK: Tensor, state: Any, width: int, k: int) -> Beams:
         front = self._root(len(logits_BK), logits_BK.device)
         pruned_B = torch.full((len(logits_BK),), -torch.inf, device=logits_BK.device)
         for level in range(self.last + 1):

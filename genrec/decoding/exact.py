@@ -58,6 +58,58 @@ def score_candidates(
     """
     model = speaker(model, scoring)
     logits_BK, state = model.begin(batch)
+    rows_BC = _checked_rows(rows_BC, logits_BK, constraint)
+    positions_BC = constraint.positions(rows_BC.clamp(min=0))
+    scores_BC = _score(model, logits_BK, state, constraint, positions_BC, scoring)
+    scores_BC = scores_BC.masked_fill(rows_BC < 0, -torch.inf)
+    check_numbers(scores_BC)
+    return scores_BC
+
+
+@torch.no_grad()
+def score_levels(
+    model: StepModel,
+    batch: Any,
+    constraint: CSRIndex,
+    rows_BC: Tensor,
+    *,
+    filters: Filters | None = None,
+    scoring: Scoring = "renormalized",
+) -> Tensor:
+    """Return the exact log-probability of each code of given items, given the codes before it.
+
+    With the filters and the scoring of a search, the levels add up to its log-probabilities.
+
+    Args:
+        model: a StepModel, in eval mode.
+        batch: B requests.
+        constraint: the catalogue.
+        rows_BC: int64 catalogue rows that the filters leave, -1 for none.
+        filters: as in `beam_search`.
+        scoring: as in `beam_search`.
+
+    Returns:
+        (B, C, L) float32, L the levels of the constraint; 0 where the row is -1 and where one code
+        was left, -inf where a filter denies the item.
+
+    Raises:
+        UserError: rows outside the catalogue, or not one list per request.
+    """
+    model = speaker(model, scoring)
+    logits_BK, state = model.begin(batch)
+    rows_BC = _checked_rows(rows_BC, logits_BK, constraint)
+    rules = None if filters is None else NodeFilter(constraint, filters, len(logits_BK))
+    positions_BC = constraint.positions(rows_BC.clamp(min=0))
+    parts: list[Tensor] = []
+    _score(model, logits_BK, state, constraint, positions_BC, scoring, rules=rules, parts=parts)
+    settled = [torch.zeros_like(parts[0])] * (constraint.depth - len(parts))
+    levels_BCL = torch.stack([*parts, *settled], dim=2)
+    levels_BCL = levels_BCL.masked_fill((rows_BC < 0)[..., None], 0.0)
+    check_numbers(levels_BCL.flatten(1))
+    return levels_BCL
+
+
+def _checked_rows(rows_BC: Tensor, logits_BK: Tensor, constraint: CSRIndex) -> Tensor:
     rows_BC = torch.as_tensor(rows_BC, dtype=torch.int64, device=logits_BK.device)
     if rows_BC.ndim != 2 or len(rows_BC) != len(logits_BK):
         raise UserError(
@@ -70,11 +122,7 @@ def score_candidates(
             f"rows: got row {int(rows_BC[outside][0])}, expected -1 (none) or 0 <= row < "
             f"{constraint.num_items}. Take rows from the ItemIndex of this constraint (rows_of)."
         )
-    positions_BC = constraint.positions(rows_BC.clamp(min=0))
-    scores_BC = _score(model, logits_BK, state, constraint, positions_BC, scoring)
-    scores_BC = scores_BC.masked_fill(rows_BC < 0, -torch.inf)
-    check_numbers(scores_BC)
-    return scores_BC
+    return rows_BC
 
 
 @torch.no_grad()
@@ -145,8 +193,14 @@ def _score(
     constraint: CSRIndex,
     positions_BC: Tensor,
     scoring: Scoring,
+    *,
+    rules: NodeFilter | None = None,
+    parts: list[Tensor] | None = None,
 ) -> Tensor:
-    """Add up the steps of the paths to given leaves; one model row per distinct open prefix."""
+    """Add up the steps of the paths to given leaves; one model row per distinct open prefix.
+
+    `parts` gets the steps themselves, (B, C) for each level that had an open prefix.
+    """
     num_requests = len(positions_BC)
     first_B1 = torch.arange(num_requests, device=positions_BC.device)[:, None]
     path = constraint.ancestors(positions_BC)
@@ -164,16 +218,32 @@ def _score(
             codes_BS = constraint.levels[depth - 1].codes[nodes_BS].long()
             logits_RK, state = model.step(codes_BS.reshape(-1), state, parents_BS.reshape(-1))
         expansion = level.expand(nodes_BS.reshape(-1))
-        steps_RC = step_logprobs(expansion, expansion.valid_RC, logits_RK, scoring)
+        valid_RC = expansion.valid_RC
+        if rules is not None:
+            valid_RC = rules.apply(valid_RC, nodes_BS, _first_of_each(nodes_BS), depth)
+        steps_RC = step_logprobs(expansion, valid_RC, logits_RK, scoring)
         columns_BC = level.columns(path[depth], path[depth + 1])
         # Complete candidates have no row (slot S): they read any cell and add nothing.
         rows_BC = first_B1 * nodes_BS.shape[1] + slots_BC.clamp(max=nodes_BS.shape[1] - 1)
         found_BC = steps_RC[rows_BC, columns_BC.clamp(max=steps_RC.shape[1] - 1)]
-        scores_BC += torch.where(slots_BC < nodes_BS.shape[1], found_BC, 0.0)
+        step_BC = torch.where(slots_BC < nodes_BS.shape[1], found_BC, 0.0)
+        scores_BC += step_BC
+        if parts is not None:
+            parts.append(step_BC)
     if constraint.allowed_before is not None:
         allowed_BC = constraint.rank(positions_BC + 1) > constraint.rank(positions_BC)
         scores_BC = scores_BC.masked_fill(~allowed_BC, -torch.inf)
     return scores_BC
+
+
+def _first_of_each(nodes_BS: Tensor) -> Tensor:
+    """Return which slots are the first of their node; those of `distinct` ascend, filling follows.
+
+    Filters want the nodes of live rows to differ within a request.
+    """
+    first_BS = torch.ones_like(nodes_BS, dtype=torch.bool)
+    first_BS[:, 1:] = nodes_BS[:, 1:] > nodes_BS.cummax(1).values[:, :-1]
+    return first_BS
 
 
 def distinct(

@@ -173,11 +173,13 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _State:
-    """Args:
-    depth: codes chosen so far.
-    rows: the scored prefixes of that depth.
-    places_R: where the rows of the search stand among them.
-    ahead: deeper scored prefixes, by depth.
+    """What the search has chosen and what the target has scored ahead of it.
+
+    Args:
+        depth: codes chosen so far.
+        rows: the scored prefixes of that depth.
+        places_R: where the rows of the search stand among them.
+        ahead: deeper scored prefixes, by depth.
     """
 
     depth: int
