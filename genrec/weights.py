@@ -1,6 +1,8 @@
 """Weights of a torch module as plain arrays and back, with names and shapes checked.
 
-It knows nothing about files (see `genrec.artifacts`) nor about which module it is.
+It knows nothing about files (see `genrec.artifacts`) nor about which module it is. A module that
+stands on weights from elsewhere says which entries these are (`base_names()`); they are neither
+returned nor expected.
 """
 
 from __future__ import annotations
@@ -13,14 +15,22 @@ from genrec.errors import ArtifactError
 
 
 def model_arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """Return parameters and buffers as numpy arrays; tied weights once."""
+    """Return a module's own parameters and buffers as numpy arrays; tied weights once.
+
+    bfloat16, which numpy has not, becomes float32; loading brings back the same values.
+    """
     arrays: dict[str, np.ndarray] = {}
+    base_names = getattr(model, "base_names", None)
+    others: set[str] = base_names() if base_names is not None else set()
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
+        if name in others or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        arrays[name] = tensor.detach().cpu().numpy().copy()
+        values = tensor.detach().cpu()
+        if values.dtype == torch.bfloat16:
+            values = values.float()
+        arrays[name] = values.numpy().copy()
     return arrays
 
 

@@ -1,8 +1,10 @@
 """Backbone: what a network must do to be trained and searched, and what all of them share.
 
-Owns the model's vocabulary (two special tokens, then the code tokens of all levels), the loss per
-item and the batch format. It knows nothing about tries, beams, optimizers or item ids: a history is
-item rows, an answer is logits over one level's codes.
+Owns where the code tokens stand in a model's vocabulary, the loss per item and the batch format.
+Two kinds follow: `genrec.models.scratch` brings a table of its own (two special tokens, then the
+codes of all levels), `genrec.models.pretrained` stands on a language model from elsewhere. It knows
+nothing about tries, beams, optimizers or item ids: a history is item rows, an answer is logits over
+one level's codes.
 
 Shapes: B requests, H history items, N items, L levels, K codes of a level, V vocabulary,
 R = B*W live rows of a search, T tokens, D model width.
@@ -12,9 +14,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -23,9 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec.config import StrictConfig
-from genrec.errors import ConfigError, UserError
+from genrec.errors import UserError
 from genrec.item_index import END, ItemIndex, level_offsets
 from genrec.models.catalogue_tree import CatalogueTree
+
+if TYPE_CHECKING:
+    from genrec.data import Catalog
 
 PAD, START, FIRST_TOKEN = 0, 1, 2
 IGNORED = -100  # what torch's cross_entropy skips
@@ -132,23 +137,13 @@ class Backbone(nn.Module, ABC):
 
         max_history: int = Field(default=50, ge=1)
         """Items of the history that the model sees; older ones are dropped."""
-        d_model: int = Field(default=128, ge=1)
-        """Width of the residual stream."""
-        num_layers: int = Field(default=4, ge=1)
-        """Transformer layers (encoder and decoder have this many each)."""
-        num_heads: int = Field(default=4, ge=1)
-        """Attention heads."""
-        d_ff: int = Field(default=512, ge=1)
-        """Inner width of the feed-forward blocks."""
-        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
-        """Dropout probability on embeddings and block outputs."""
-        attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-        """Dropout probability on attention weights; above 0 the fused CPU kernels are not used."""
         softmax: Literal["level", "vocabulary", "trie"] = "level"
         """Training loss normalises over the codes of the level, over all tokens, or over those
         codes only that lead on to an item of the catalogue (as the constrained search does)."""
-        tie_embeddings: bool = True
-        """Output rows are the input embeddings."""
+
+        def reads(self, catalog: Catalog) -> dict[str, str]:
+            """Return digests of what else decides where training starts, for keys of results."""
+            return {}
 
     config: Config
     training_unit: ClassVar[Literal["target", "sequence"]]
@@ -157,7 +152,6 @@ class Backbone(nn.Module, ABC):
 
     spans_vocabulary: bool = False
     """Whether `begin` and `step` give log-probabilities over all tokens (see `over_vocabulary`)."""
-    output: nn.Linear
     catalogue_tree: CatalogueTree
     tokens_NL: Tensor
     level_offsets_L: Tensor
@@ -168,24 +162,25 @@ class Backbone(nn.Module, ABC):
         tokens_NL: Tensor,
         codebook_sizes: Sequence[int],
         shared_vocabulary: bool = False,
+        *,
+        first_token: int = FIRST_TOKEN,
     ) -> None:
         super().__init__()
         self.config = config
+        self.first_token = first_token
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         self.shared_vocabulary = shared_vocabulary
         self.num_levels = len(self.codebook_sizes)
         firsts = level_offsets(self.codebook_sizes, shared_vocabulary)
-        self.num_tokens = FIRST_TOKEN + int((firsts + np.array(self.codebook_sizes)).max())
-        offsets = torch.from_numpy(firsts) + FIRST_TOKEN
+        self.num_codes = int((firsts + np.array(self.codebook_sizes)).max())
+        self.num_tokens = first_token + self.num_codes
+        offsets = torch.from_numpy(firsts) + first_token
         self._first_tokens = tuple(offsets.tolist())
         # Not persistent: the item index is an artifact of its own, with its own fingerprint.
         self.register_buffer("level_offsets_L", offsets, persistent=False)
         self.register_buffer("tokens_NL", self._checked(tokens_NL), persistent=False)
         if config.softmax == "trie":
             self.catalogue_tree = CatalogueTree(self.tokens_NL, self.level_offsets_L)
-        self.embedding = nn.Embedding(self.num_tokens, config.d_model)
-        if not config.tie_embeddings:
-            self.output = nn.Linear(config.d_model, self.num_tokens, bias=False)
 
     @classmethod
     def from_index(cls, config: Config, index: ItemIndex) -> Self:
@@ -193,8 +188,37 @@ class Backbone(nn.Module, ABC):
         tokens_NL = torch.from_numpy(index.tokens())
         return cls(config, tokens_NL, index.codebook_sizes, index.shared_vocabulary)
 
+    @classmethod
+    def for_saved(
+        cls, config: Any, index: ItemIndex, facts: Mapping[str, Any], *, base: str | None = None
+    ) -> Self:
+        """Build a backbone that saved weights are loaded into.
+
+        Args:
+            config: as it was saved.
+            index: as it was trained on.
+            facts: what `facts()` gave when it was saved.
+            base: where the language model lies that it stands on, if it has moved.
+
+        Raises:
+            UserError: `base` for a backbone that stands on none.
+        """
+        if base is not None:
+            raise UserError(
+                f"base: got {base!r} for a {cls.__name__}, which stands on no other model. Leave "
+                "it out."
+            )
+        return cls.from_index(config, index)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `for_saved` needs beside the configuration (JSON types)."""
+        return {}
+
+    def start_from(self, catalog: Catalog) -> None:
+        """Start weights from what is known of the items, before training; the default does not."""
+
     def _checked(self, tokens_NL: Tensor) -> Tensor:
-        tokens_NL = torch.as_tensor(tokens_NL, dtype=torch.int64) + FIRST_TOKEN
+        tokens_NL = torch.as_tensor(tokens_NL, dtype=torch.int64) + self.first_token
         if tokens_NL.ndim != 2 or tokens_NL.shape[1] != self.num_levels:
             raise UserError(
                 f"tokens_NL: got shape {tuple(tokens_NL.shape)}, expected (items, "
@@ -254,39 +278,31 @@ class Backbone(nn.Module, ABC):
         return self.loss(batch)
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embedding.weight.device
 
-    @property
-    def output_weight_VD(self) -> Tensor:
-        """Rows that score tokens."""
-        return self.embedding.weight if self.config.tie_embeddings else self.output.weight
+    @abstractmethod
+    def code_scores(self, hidden: Tensor, level: int) -> Tensor:
+        """Return float32 logits over the codes of one level, (..., D) -> (..., K_l).
 
-    def history_tokens(self, history_BH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return START and the items' tokens, (B, 1 + H*L), PAD where padded; and which exist."""
-        valid_BH = history_BH >= 0
-        tokens_BHL = self.tokens_NL[history_BH.clamp(min=0)]
-        tokens_BT = tokens_BHL.masked_fill(~valid_BH.unsqueeze(-1), PAD).flatten(1)
-        exists_BT = valid_BH.repeat_interleave(self.num_levels, dim=1)
-        return F.pad(tokens_BT, (1, 0), value=START), F.pad(exists_BT, (1, 0), value=True)
+        Only the level's rows of the output matrix are multiplied: with a large vocabulary the
+        other rows are most of the cost.
+        """
+
+    @abstractmethod
+    def vocabulary_scores(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits over all tokens, (..., D) -> (..., V)."""
 
     def code_tokens(self, codes_R: Tensor, level: int) -> Tensor:
         """Return the model tokens of codes of one level."""
         return codes_R + self._first_tokens[level]
 
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
-        """Return logits over the codes of one level, (..., D) -> (..., K_l).
-
-        Only the level's rows of the output matrix are multiplied: with a large vocabulary the
-        other rows are most of the cost.
-        """
-        first = self._first_tokens[level]
-        weight_KD = self.output_weight_VD[first : first + self.codebook_sizes[level]]
-        logits = F.linear(hidden, weight_KD).float()
+        """Return logits over the codes of one level, as a search wants them, (..., K_l)."""
+        logits = self.code_scores(hidden, level)
         if self.spans_vocabulary:
-            every = F.linear(hidden, self.output_weight_VD).float()
-            logits = logits - every.logsumexp(-1, keepdim=True)
+            logits = logits - self.vocabulary_scores(hidden).logsumexp(-1, keepdim=True)
         return logits
 
     def items_nll(self, hidden_MLD: Tensor, rows_M: Tensor, valid_M: Tensor) -> LossOutput:
@@ -303,10 +319,10 @@ class Backbone(nn.Module, ABC):
         tokens_ML = self.tokens_NL[rows_M]
         for level in range(hidden_MLD.shape[1]):
             if level and self.shared_vocabulary:  # what follows the end of a semantic ID is certain
-                counts_M = counts_M & (tokens_ML[:, level - 1] != FIRST_TOKEN + END)
+                counts_M = counts_M & (tokens_ML[:, level - 1] != self.first_token + END)
             hidden_MD, target_M = hidden_MLD[:, level], tokens_ML[:, level]
             if self.config.softmax == "vocabulary":
-                logits = F.linear(hidden_MD, self.output_weight_VD).float()
+                logits = self.vocabulary_scores(hidden_MD)
             else:
                 logits = self.level_logits(hidden_MD, level)
                 target_M = target_M - self._first_tokens[level]
@@ -315,16 +331,3 @@ class Backbone(nn.Module, ABC):
             target_M = target_M.masked_fill(~counts_M, IGNORED)
             total = total + F.cross_entropy(logits, target_M, reduction="sum")
         return LossOutput.of(total, valid_M.sum())
-
-
-def check_heads(config: Backbone.Config) -> int:
-    """Return the width of a head, or raise `ConfigError` if the heads do not divide the model."""
-    width, rest = divmod(config.d_model, config.num_heads)
-    if rest or width % 2:
-        raise ConfigError(
-            f"model.num_heads: got {config.num_heads} heads for d_model {config.d_model}, expected "
-            "a number of heads that leaves an even width per head, e.g. "
-            f"model.num_heads={max(1, config.d_model // 32)} model.d_model="
-            f"{32 * max(1, config.d_model // 32)}."
-        )
-    return width

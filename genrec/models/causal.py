@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genrec.models.base import Backbone
 from genrec.models.layers import (
     FeedForward,
     merge_heads,
@@ -24,12 +23,13 @@ from genrec.models.layers import (
     shared_prompt_attention,
     split_heads,
 )
+from genrec.models.scratch import ScratchBackbone
 
 KeysValues = tuple[Tensor, Tensor]
 NORM_EPS = 1e-6
 
 
-class CausalConfig(Backbone.Config):
+class CausalConfig(ScratchBackbone.Config):
     """Settings of a causal transformer. Defaults suit data of MovieLens-100K's size."""
 
     d_model: int = Field(default=64, ge=1)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec.errors import UserError
-from genrec.models.base import PAD, START, Backbone, Batch, LossOutput, check_heads, keep_last
+from genrec.models.base import PAD, START, Batch, LossOutput, keep_last
 from genrec.models.causal import (
     NORM_EPS,
     CausalConfig,
@@ -32,6 +32,7 @@ from genrec.models.causal import (
     prefill,
 )
 from genrec.models.layers import module_list, rotary_tables, shared_prompt_attention
+from genrec.models.scratch import ScratchBackbone, check_heads
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -56,7 +57,7 @@ class DecoderState:
     own: tuple[KeysValues, ...]
 
 
-class DecoderOnly(Backbone):
+class DecoderOnly(ScratchBackbone):
     """Causal language model over semantic IDs; see the module's text."""
 
     class Config(CausalConfig):

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec.errors import UserError
-from genrec.models.base import PAD, Backbone, Batch, LossOutput, keep_last
+from genrec.models.base import PAD, Batch, LossOutput, keep_last
 from genrec.models.layers import FeedForward, RelativePositionBias, module_list
+from genrec.models.scratch import ScratchBackbone
 from genrec.models.t5 import (
     NORM_EPS,
     Attention,
@@ -56,10 +57,10 @@ class EncoderDecoderState:
     own: tuple[KeysValues, ...]
 
 
-class EncoderDecoder(Backbone):
+class EncoderDecoder(ScratchBackbone):
     """T5-style encoder-decoder over semantic IDs; see the module's text."""
 
-    class Config(Backbone.Config):
+    class Config(ScratchBackbone.Config):
         """Defaults are TIGER's (Rajput et al. 2023, section 4)."""
 
         name: Literal["encoder_decoder"] = "encoder_decoder"

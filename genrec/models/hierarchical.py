@@ -25,15 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec.errors import ConfigError
-from genrec.models.base import (
-    IGNORED,
-    START,
-    Batch,
-    LossOutput,
-    ScratchBackbone,
-    check_heads,
-    keep_last,
-)
+from genrec.models.base import IGNORED, START, Batch, LossOutput, keep_last
 from genrec.models.causal import (
     NORM_EPS,
     CausalConfig,
@@ -43,6 +35,7 @@ from genrec.models.causal import (
 )
 from genrec.models.item_groups import NO_ITEM, ItemGroups
 from genrec.models.layers import module_list, rotary_tables
+from genrec.models.scratch import ScratchBackbone, check_heads
 
 GATHER_COST = 16  # reading a vector per candidate costs as much as so many products in a matrix
 

@@ -1,10 +1,8 @@
 """How does a causal language model from Hugging Face answer the constrained search, unmodified?
 
-`PretrainedDecoder` gives any `AutoModelForCausalLM` the `begin` and `step` of a search. The prompt
-is read once per request, and its keys and values are never copied per beam: all beams of a request
-stand side by side in one row behind the prompt, at equal positions, and a mask shows each of them
-the prompt and its own ancestors. It refuses to know how prompts are worded and how the model is
-trained; the model's `generation_config` is never read.
+`PretrainedDecoder` gives any `AutoModelForCausalLM` the `begin` and `step` of a search; beams share
+their prompt as `genrec.models.shared_prompts` says. It refuses to know how prompts are worded and
+how the model is trained; the model's `generation_config` is never read.
 
 Shapes: B requests, T prompt tokens, W rows per request, R = B*W, Q new tokens of a request,
 X tokens behind the prompt, L levels, K codes of a level, V vocabulary, D model width.
@@ -14,41 +12,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from genrec.errors import UserError
 from genrec.item_index import level_offsets
+from genrec.models.shared_prompts import (
+    MASKED_ATTENTIONS,
+    PretrainedState,
+    extend_prompts,
+    finished_logits,
+    longest_input,
+    read_prompts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MASKED_ATTENTIONS = ("sdpa", "eager")  # those that take a mask of any form
+
 PADDING = -1
-
-
-@dataclass(frozen=True)
-class PretrainedState:
-    """What a search has read and chosen so far.
-
-    Args:
-        level: the level that was scored last.
-        lengths_B: prompt tokens of each request.
-        num_prompt: T, with padding.
-        cache: keys and values of T + X tokens per request.
-        own_BWX: bool, which of the X tokens behind the prompt are the row's own.
-    """
-
-    level: int
-    lengths_B: Tensor
-    num_prompt: int
-    cache: DynamicCache
-    own_BWX: Tensor
 
 
 def add_code_tokens(
@@ -141,17 +126,8 @@ class PretrainedDecoder:
         prompt_BT = batch if isinstance(batch, Tensor) else self._prompts(batch)
         prompt_BT = prompt_BT.to(self.device)
         self._check_length(prompt_BT.shape[1])
-        lengths_B = (prompt_BT != PADDING).sum(1)
-        cache = DynamicCache()
-        # No mask: padding stands right of all that is read, so causality hides it, and the flash
-        # kernels stay usable.
-        hidden_BTD = self.backbone(
-            input_ids=prompt_BT.clamp(min=0), past_key_values=cache, use_cache=True
-        )[0]
-        last_B11 = (lengths_B - 1).clamp(min=0)[:, None, None]
-        hidden_BD = hidden_BTD.gather(1, last_B11.expand(-1, 1, hidden_BTD.shape[-1]))[:, 0]
-        none = torch.empty((len(prompt_BT), 1, 0), dtype=torch.bool, device=self.device)
-        state = PretrainedState(0, lengths_B, prompt_BT.shape[1], cache, none)
+        inputs = {"input_ids": prompt_BT.clamp(min=0)}
+        hidden_BD, state = read_prompts(self.backbone, inputs, (prompt_BT != PADDING).sum(1))
         return self._logits(hidden_BD, 0), state
 
     def step(
@@ -176,80 +152,31 @@ class PretrainedDecoder:
         Returns:
             per level, float32 logits (R_i, K) of what follows, and a state to go on from.
         """
-        masks, tokens = self._tree(codes, state, parents)
-        widths = [mask_BWX.shape[1] for mask_BWX in masks]
-        depths_Q = torch.cat(
-            [torch.full((w,), n, device=self.device) for n, w in enumerate(widths, state.level)]
+        tokens = [self.code_tokens[n][rows] for n, rows in enumerate(codes, state.level)]
+        hidden, states = extend_prompts(
+            self.backbone,
+            lambda tokens_BQ: {"input_ids": tokens_BQ},
+            tokens,
+            state,
+            parents,
+            self.head.weight.dtype,
         )
-        cache = _fork(state.cache)
-        hidden_BQD = self.backbone(
-            input_ids=torch.cat(tokens, 1),
-            attention_mask=self._attention_mask(state, torch.cat(masks, 1)),
-            position_ids=state.lengths_B[:, None] + depths_Q,
-            past_key_values=cache,
-            use_cache=True,
-        )[0]
-        logits, states = [], []
-        for done, hidden_BWD in enumerate(hidden_BQD.split(widths, 1)):
-            level = state.level + 1 + done
-            logits.append(self._logits(hidden_BWD.flatten(0, 1), level))
-            states.append(
-                PretrainedState(level, state.lengths_B, state.num_prompt, cache, masks[done])
-            )
+        logits = [self._logits(h, s.level) for h, s in zip(hidden, states, strict=True)]
         return logits, states
-
-    def _tree(
-        self, codes: Sequence[Tensor], state: PretrainedState, parents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return, per level, which tokens behind the prompt each row sees, and its own token."""
-        num_requests = len(state.lengths_B)
-        first_B1 = torch.arange(num_requests, device=self.device)[:, None]
-        masks, tokens, sees_BWX = [], [], state.own_BWX
-        for done, (codes_R, parents_R) in enumerate(zip(codes, parents, strict=True)):
-            local_BW = parents_R.view(num_requests, -1) - first_B1 * sees_BWX.shape[1]
-            places_BWX = local_BW[..., None].expand(-1, -1, sees_BWX.shape[2])
-            width = local_BW.shape[1]
-            itself = torch.eye(width, dtype=torch.bool, device=self.device)
-            itself = itself.expand(num_requests, -1, -1)
-            sees_BWX = torch.cat([sees_BWX.gather(1, places_BWX), itself], 2)
-            masks.append(sees_BWX)
-            tokens.append(self.code_tokens[state.level + done][codes_R].view(num_requests, -1))
-        total = sees_BWX.shape[2]
-        return [F.pad(mask, (0, total - mask.shape[2])) for mask in masks], tokens
-
-    def _attention_mask(self, state: PretrainedState, own_BQX: Tensor) -> Tensor:
-        places_T = torch.arange(state.num_prompt, device=self.device)
-        prompt_B1T = (places_T < state.lengths_B[:, None])[:, None]
-        prompt_BQT = prompt_B1T.expand(-1, own_BQX.shape[1], -1)
-        visible = torch.cat([prompt_BQT, own_BQX], 2)[:, None]
-        if self.config._attn_implementation == "sdpa":
-            return visible
-        dtype = self.head.weight.dtype
-        hidden = torch.full_like(visible, torch.finfo(dtype).min, dtype=dtype)
-        return hidden.masked_fill(visible, 0.0)
 
     def _logits(self, hidden_RD: Tensor, level: int) -> Tensor:
         if level >= self.num_levels:  # nothing is left to choose
             return hidden_RD.new_empty((len(hidden_RD), 0), dtype=torch.float32)
         rows = self._rows[level]
         bias = getattr(self.head, "bias", None)
-        logits = self._finished(
-            F.linear(hidden_RD, self.head.weight[rows], None if bias is None else bias[rows])
+        logits = finished_logits(
+            self.config,
+            F.linear(hidden_RD, self.head.weight[rows], None if bias is None else bias[rows]),
         )
         if self.spans_vocabulary:
-            every = self._finished(self.head(hidden_RD))
+            every = finished_logits(self.config, self.head(hidden_RD))
             logits = logits - every.logsumexp(-1, keepdim=True)
         return logits
-
-    def _finished(self, logits: Tensor) -> Tensor:
-        """Do what some models do to logits behind their head (Granite, Cohere, Gemma 2)."""
-        logits = logits.float()
-        if getattr(self.config, "logits_scaling", None):
-            logits = logits / self.config.logits_scaling
-        if getattr(self.config, "logit_scale", None):
-            logits = logits * self.config.logit_scale
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _prompts(self, histories: Sequence[Any]) -> Tensor:
         prompts = [list(self.prompt(history)) for history in histories]
@@ -266,13 +193,7 @@ class PretrainedDecoder:
         return prompt_BT
 
     def _check_length(self, num_tokens: int) -> None:
-        limits = [getattr(self.config, "max_position_embeddings", None)]
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds is None or "sliding_attention" in kinds:
-            limits.append(getattr(self.config, "sliding_window", None))
-        if kinds is None or "chunked_attention" in kinds:
-            limits.append(getattr(self.config, "attention_chunk_size", None))
-        limit = min((limit for limit in limits if limit is not None), default=None)
+        limit = longest_input(self.config)
         if limit is not None and num_tokens + self.num_levels - 1 > limit:
             raise UserError(
                 f"prompt: got {num_tokens} tokens and {self.num_levels} levels for a "
@@ -340,10 +261,3 @@ def _slice_or_index(tokens_K: Tensor) -> slice | Tensor:
     if tokens_K.tolist() == list(range(first, first + size)):
         return slice(first, first + size)
     return tokens_K
-
-
-def _fork(cache: DynamicCache) -> DynamicCache:
-    """Return a cache that grows on its own; keys and values so far are shared."""
-    fork = copy.copy(cache)
-    fork.layers = [copy.copy(layer) for layer in cache.layers]
-    return fork

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from genrec.errors import TrainingError, UserError
 from genrec.item_index import END, ItemIndex
-from genrec.models.base import FIRST_TOKEN, Backbone, Batch
+from genrec.models.base import FIRST_TOKEN, Batch
+from genrec.models.scratch import ScratchBackbone
 from genrec.runtime import get_logger, progress
 from genrec.tokenizers.textual import Textual
 from genrec.trainers.batching import TrainingExamples
@@ -47,7 +48,7 @@ class Round:
 
     tokenizer: Textual
     index: ItemIndex
-    model: Backbone
+    model: ScratchBackbone
     generator_loss: float
 
 
@@ -55,7 +56,7 @@ def alternate(
     tokenizer: Textual,
     catalog: Catalog,
     interactions: Interactions,
-    train: Callable[[ItemIndex, Backbone | None], Backbone],
+    train: Callable[[ItemIndex, ScratchBackbone | None], ScratchBackbone],
     *,
     collisions: str = "first_unused",
 ) -> list[Round]:
@@ -91,7 +92,7 @@ def alternate(
 def refine(
     tokenizer: Textual,
     index: ItemIndex,
-    model: Backbone,
+    model: ScratchBackbone,
     catalog: Catalog,
     interactions: Interactions,
     *,
@@ -152,7 +153,7 @@ class GeneratorTrainer:
     """
 
     def __init__(
-        self, tokenizer: Textual, index: ItemIndex, model: Backbone, catalog: Catalog
+        self, tokenizer: Textual, index: ItemIndex, model: ScratchBackbone, catalog: Catalog
     ) -> None:
         _check(tokenizer, index, model, catalog)
         self.tokenizer = Textual(tokenizer.config).load_state(tokenizer.state())
@@ -204,7 +205,7 @@ def expected_embeddings(probabilities: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def spliced_loss(
-    model: Backbone, embeddings_MLD: Tensor, history_BH: Tensor, target_B: Tensor | None
+    model: ScratchBackbone, embeddings_MLD: Tensor, history_BH: Tensor, target_B: Tensor | None
 ) -> Tensor:
     """Return a frozen recommender's mean -log p(target | history) over given item embeddings.
 
@@ -240,7 +241,7 @@ def spliced_loss(
 class _TargetLoss(nn.Module):
     """Mean negative log-likelihood of targets, level by level as a search would read them."""
 
-    def __init__(self, model: Backbone) -> None:
+    def __init__(self, model: ScratchBackbone) -> None:
         super().__init__()
         self.model = model
 
@@ -260,7 +261,7 @@ class _TargetLoss(nn.Module):
 
 
 @torch.no_grad()
-def warm_start(model: Backbone, earlier: Backbone) -> Backbone:
+def warm_start(model: ScratchBackbone, earlier: ScratchBackbone) -> ScratchBackbone:
     """Copy a backbone's weights into another of the same configuration; return the latter.
 
     Words keep their codes from round to round, numbers of collisions and levels may come and go:
@@ -275,7 +276,7 @@ def warm_start(model: Backbone, earlier: Backbone) -> Backbone:
     return model
 
 
-def _check(tokenizer: Textual, index: ItemIndex, model: Backbone, catalog: Catalog) -> None:
+def _check(tokenizer: Textual, index: ItemIndex, model: ScratchBackbone, catalog: Catalog) -> None:
     if not index.shared_vocabulary or index.num_tokens < tokenizer.codebook_sizes[0]:
         raise UserError(
             f"alternation: got an index of {index.num_tokens} codes, expected at least the "

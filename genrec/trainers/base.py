@@ -159,6 +159,8 @@ class Trainer:
                 "training: got no training interactions, expected at least one user with history. "
                 "Check the split with `genrec doctor`."
             )
+        if not any(weight.requires_grad for weight in model.parameters()):
+            return self._nothing_to_train(model, validator, accelerator, open_trackers)
         run = _Run(self, model, examples, validator, accelerator, folder / "checkpoints", key)
         resumed = run.resume()
         trackers = open_trackers(resumed)
@@ -168,6 +170,28 @@ class Trainer:
             finally:
                 trackers.finish()
         return run.result(resumed)
+
+    def _nothing_to_train(
+        self,
+        model: Backbone,
+        validator: Validator | None,
+        accelerator: Accelerator,
+        open_trackers: Callable[[int | None], Trackers],
+    ) -> TrainResult:
+        """Validate a model that stays as it is (zero-shot) and say so."""
+        log.warning(
+            "no weight of this %s trains (model.tuning.mode=frozen?): 0 steps are made, and what "
+            "follows measures the model as it came. Choose another mode to train it.",
+            type(model).__name__,
+        )
+        model.to(accelerator.device)
+        found = validator(model, accelerator) if validator else {}
+        values = {f"valid/{name}": value for name, value in found.items()}
+        trackers = open_trackers(None)
+        trackers.log(0, values)
+        trackers.finish()
+        best = found.get("ndcg@10", -1.0)
+        return TrainResult(best, 0, 0, 0, [{"step": 0, **values}] if values else [], 0.0)
 
 
 class _Run:
