@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from genrec import runtime
-from genrec.decoding import Boosts, CSRIndex, Filters, Scoring, beam_search
+from genrec.decoding import Boosts, CSRIndex, Filters, Scoring, beam_search, score_levels
 from genrec.models.base import Backbone, pad_histories
 
 
@@ -127,6 +127,59 @@ def search(
     open_N = _open_rows(constraint)
     eligible = np.array([_num_eligible(open_N, exclude, allow, i) for i in range(total)])
     return RankedLists(rows, logprobs, certified, eligible.astype(np.int64), proven, added)
+
+
+@torch.inference_mode()
+def level_logprobs(
+    model: Backbone,
+    constraint: CSRIndex,
+    histories: Sequence[np.ndarray],
+    rows: np.ndarray,
+    *,
+    exclude: Sequence[np.ndarray] | None = None,
+    allow: Sequence[np.ndarray] | None = None,
+    scoring: Scoring = "renormalized",
+    batch_size: int = 64,
+    description: str | None = None,
+) -> np.ndarray:
+    """Return the parts of the log-probabilities of listed items, level by level.
+
+    Args:
+        model: as for `search`.
+        constraint: as for `search`.
+        histories: B arrays of item rows, oldest first.
+        rows: (B, k) what `search` listed, -1 where padded.
+        exclude: as for that search, so that the parts add up to its log-probabilities.
+        allow: as for that search.
+        scoring: as for that search.
+        batch_size: histories scored together.
+        description: text of a progress bar, or None for none.
+
+    Returns:
+        (B, k, L) float64, 0 where padded.
+    """
+    found = np.zeros((*rows.shape, constraint.depth))
+    if not rows.shape[1]:
+        return found
+    order = np.argsort([len(h) for h in histories], kind="stable")
+    training = model.training
+    model.eval()
+    with runtime.progress(description or "", len(histories) if description else 0) as advance:
+        for start in range(0, len(histories), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = pad_histories([histories[i] for i in chosen], model.config.max_history)
+            levels = score_levels(
+                model,
+                batch.to(model.device),
+                constraint,
+                torch.from_numpy(rows[chosen]).to(model.device),
+                filters=_filters(exclude, allow, chosen),
+                scoring=scoring,
+            )
+            found[chosen] = levels.double().cpu().numpy()
+            advance(len(chosen))
+    model.train(training)
+    return found
 
 
 def _open_rows(constraint: CSRIndex) -> np.ndarray:

@@ -18,12 +18,15 @@ import torch
 
 from genrec import runtime
 from genrec.bundle import Bundle, load_bundle, mode_name
+from genrec.calibration.base import ListContext
+from genrec.calibration.lists.base import Candidates, Reranker
+from genrec.calibration.strength import preference_strength
 from genrec.data import Catalog
 from genrec.data.rules import group_labels, matching_rows
 from genrec.decoding import Boosts, CSRIndex, Scoring, score_candidates
 from genrec.decoding.lists import ListRule, select
 from genrec.errors import UserError
-from genrec.inference import RankedLists, search
+from genrec.inference import RankedLists, level_logprobs, search
 from genrec.item_index import ItemIndex
 from genrec.models.base import pad_histories
 
@@ -44,8 +47,12 @@ class Recommendations:
         probabilities: (B, k) float64 calibrated probability that the item is the next one; 0 where
             padded.
         certified: (B,) bool; the list provably holds the k best eligible items (with list rules:
-            is the best list that keeps them).
-        rule_costs: (B,) float64, the sum of scores that list rules cost; None without such rules.
+            is the best list that keeps them; re-ranked: holds the k best, in another order).
+        rule_costs: (B,) float64, the sum of scores that list rules or re-ranking cost; None
+            without.
+        preference_strength: (B,) float64, 0 to 1, how much is known about the next item: the share
+            of a blind guess's surprise that the whole calibrated list takes away. It means the same
+            for every user and does not depend on k (`genrec.calibration.strength`).
     """
 
     item_ids: np.ndarray
@@ -53,6 +60,13 @@ class Recommendations:
     probabilities: np.ndarray
     certified: np.ndarray
     rule_costs: np.ndarray | None = None
+    preference_strength: np.ndarray | None = None
+
+    @property
+    def expected_hits(self) -> np.ndarray:
+        """Chance that the next item is in the list, (B,) float64: the sum of its probabilities."""
+        total: np.ndarray = self.probabilities.sum(axis=1)
+        return total
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -85,14 +99,26 @@ class Recommender:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str | None = None, scoring: Scoring | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        scoring: Scoring | None = None,
+        base: str | None = None,
     ) -> Recommender:
         """Load the bundle that `genrec run` or `genrec calibrate` wrote.
+
+        Args:
+            path: the bundle.
+            device: torch device name; None chooses.
+            scoring: as above.
+            base: where the language model lies that the bundle's model stands on, if not where it
+                was trained from; default $GENREC_BASE.
 
         Raises:
             ArtifactError: missing, truncated, edited, or parts that do not belong together.
         """
-        return cls(load_bundle(path), device=device, scoring=scoring)
+        return cls(load_bundle(path, base=base), device=device, scoring=scoring)
 
     @property
     def item_ids(self) -> list[str]:
@@ -115,6 +141,7 @@ class Recommender:
         rule: str | np.ndarray | None = None,
         boosts: Mapping[str, float] | None = None,
         list_rules: Sequence[ListRule] = (),
+        rerank: Reranker | None = None,
         width: int | None = None,
         missing: Literal["skip", "error"] = "skip",
     ) -> Recommendations:
@@ -133,14 +160,22 @@ class Recommender:
                 odds). Scores and probabilities stay the model's; `scores` includes the boost.
             list_rules: rules about the whole list (`genrec.decoding.lists`), kept by choosing from
                 the `width` best items. Groups come from `groups`.
+            rerank: trades score for calibrated, rarer, more varied or fairer lists by choosing from
+                the `width` best items (`genrec.calibration.lists`); not together with list rules.
+                Lists are then no longer ordered by score.
             width: beam width, >= k; default the one that the bundle was calibrated at. Another
                 width changes which items are found, not what an item scores.
             missing: unknown items in a history: "skip" them with one warning, or raise.
 
         Raises:
             UserError: k or width below 1, width below k, unknown items in a filter or boost (or in
-                a history with missing="error"), a rule that cannot be read.
+                a history with missing="error"), a rule that cannot be read, rerank with list rules.
         """
+        if rerank is not None and list_rules:
+            raise UserError(
+                "recommend: got list_rules and rerank, expected one of them. Rules choose from "
+                "lists ordered by score, which re-ranked ones are not."
+            )
         self._check_histories(histories)
         rows = self._history_rows(histories, missing)
         width = self._check_width(k, width)
@@ -163,12 +198,16 @@ class Recommender:
             boosts=self._boosts(boosts),
             scoring=self.scoring,
         )
-        calibrator = self._calibrator(exclude_seen)
-        probabilities = calibrator.probabilities(lists.logprobs, lists.num_rest)
+        probabilities = self._probabilities(lists, rows, denied, allowed, rule, exclude_seen)
         if list_rules:
-            return self._selected(lists, probabilities, k, list_rules)
-        certified = lists.top(k).certified
-        return self._answer(lists.rows, lists.scores, probabilities, certified, k)
+            answer = self._selected(lists, probabilities, k, list_rules)
+        elif rerank is not None:
+            answer = self._reranked(lists, probabilities, k, rerank, rows)
+        else:
+            certified = lists.top(k).certified
+            answer = self._answer(lists.rows, lists.scores, probabilities, certified, k)
+        strength = preference_strength(probabilities, lists.num_rest)
+        return replace(answer, preference_strength=strength)
 
     def groups(self, column: str) -> np.ndarray:
         """Return the groups of all items by a catalogue column, for list rules.
@@ -302,19 +341,79 @@ class Recommender:
             select(rows, scores, k, rules, certified=bool(certain))
             for rows, scores, certain in zip(lists.rows, lists.scores, lists.certified, strict=True)
         ]
-        places = np.full((len(found), k), lists.rows.shape[1])
+        places = np.full((len(found), k), -1)
         for i, selection in enumerate(found):
             places[i, : len(selection.places)] = selection.places
+        certified = np.array([selection.proven for selection in found], dtype=bool)
+        costs = np.array([selection.cost for selection in found], dtype=np.float64)
+        return self._chosen(lists, probabilities, places, certified, costs)
+
+    def _reranked(
+        self,
+        lists: RankedLists,
+        probabilities: np.ndarray,
+        k: int,
+        rerank: Reranker,
+        histories: Sequence[np.ndarray],
+    ) -> Recommendations:
+        """Let a re-ranker choose; a list is certified where it holds the certified top k."""
+        found = rerank.rerank(Candidates(lists.rows, lists.scores, probabilities, histories), k)
+        kept = (found.places_Uk < k).all(axis=1)
+        certified = lists.top(k).certified & kept
+        return self._chosen(lists, probabilities, found.places_Uk, certified, found.costs_U)
+
+    def _chosen(
+        self,
+        lists: RankedLists,
+        probabilities: np.ndarray,
+        places: np.ndarray,
+        certified: np.ndarray,
+        costs: np.ndarray,
+    ) -> Recommendations:
+        """Return the items at these places of the wide lists, (B, k), -1 = padding."""
 
         def chosen(values: np.ndarray, fill: float) -> np.ndarray:
             padded = np.pad(values, ((0, 0), (0, 1)), constant_values=fill)
             return np.take_along_axis(padded, places, axis=1)
 
         rows, scores = chosen(lists.rows, -1), chosen(lists.scores, -np.inf)
-        certified = np.array([selection.proven for selection in found], dtype=bool)
-        costs = np.array([selection.cost for selection in found], dtype=np.float64)
-        answer = self._answer(rows, scores, chosen(probabilities, 0.0), certified, k)
+        probabilities = chosen(probabilities, 0.0)
+        answer = self._answer(rows, scores, probabilities, certified, places.shape[1])
         return replace(answer, rule_costs=costs)
+
+    def _probabilities(
+        self,
+        lists: RankedLists,
+        histories: Sequence[np.ndarray],
+        denied: Sequence[np.ndarray],
+        allowed: Sequence[np.ndarray] | None,
+        rule: str | np.ndarray | None,
+        exclude_seen: bool,
+    ) -> np.ndarray:
+        """Return the calibrated probabilities of wide lists, (B, W)."""
+        calibrator = self._calibrator(exclude_seen)
+        if not calibrator.whole_catalogue and (allowed is not None or rule is not None):
+            log.warning(
+                "calibration %r learned from lists of the whole catalogue; its probabilities do "
+                "not hold among candidates or under a rule. Calibrate with 'temperature' for such "
+                "requests.",
+                calibrator.config.name,
+            )
+        levels = None
+        if "level_logprobs" in calibrator.needs:
+            levels = level_logprobs(
+                self.model,
+                self._view(rule),
+                histories,
+                lists.rows,
+                exclude=denied,
+                allow=allowed,
+                scoring=self.scoring,
+            )
+        lengths = np.array([len(history) for history in histories], dtype=np.int64)
+        context = ListContext(lengths, levels)
+        found: np.ndarray = calibrator.probabilities(lists.logprobs, lists.num_rest, context)
+        return found
 
     def _calibrator(self, exclude_seen: bool) -> Any:
         name = mode_name(exclude_seen)

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from genrec.errors import ConfigError, MismatchError
-from genrec.evaluation.comparison import Cell, compare, to_html, to_markdown
+from genrec.evaluation.comparison import compare
+from genrec.evaluation.comparison_tables import to_html, to_markdown
+from genrec.evaluation.runs import Cell
 from genrec.pipeline.ablation import load_ablation, run_ablation, variations
 
 RUN: dict[str, Any] = {"data": {"dataset": "somewhere"}, "seeds": [1]}

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrec.calibration import CALIBRATORS
+from genrec.calibration.base import ListContext
 from genrec.calibration.scores import (
     IdentityCalibrator,
     TemperatureCalibrator,
@@ -189,9 +190,10 @@ def test_registry_builds_every_calibrator_and_identity_is_exp():
     world = Simulator(2.0, users=100)
     for name, place in CALIBRATORS.items():
         cls = load_object(place)
-        calibrator = cls(cls.Config(name=name)).fit(*world.arguments())
+        halves = ListContext(level_logprobs=np.stack([world.logprobs_Uk / 2] * 2, axis=2))
+        calibrator = cls(cls.Config(name=name)).fit(*world.arguments(), halves)
         again = cls(cls.Config()).load_state(calibrator.state())
-        args = (world.logprobs_Uk, world.rest_U)
+        args = (world.logprobs_Uk, world.rest_U, halves)
         assert np.array_equal(calibrator.probabilities(*args), again.probabilities(*args))
     identity = IdentityCalibrator().probabilities(world.logprobs_Uk, world.rest_U)
     assert np.array_equal(identity, np.exp(world.logprobs_Uk))

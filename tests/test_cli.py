@@ -154,6 +154,11 @@ def test_recommend_prints_titles_and_probabilities(
         "--json",
     )
     assert [item["item_id"] for item in json.loads(out)[0]["items"]] == ["8"]
+    asked = ("recommend", bundle, "--history", "5", "-k", 3, "--json", "--rule")
+    status, out, _ = call(capsys, *asked, "item_id = '8' or item_id = '9'")
+    assert {item["item_id"] for item in json.loads(out)[0]["items"]} == {"8", "9"}
+    status, _, err = call(capsys, *asked, "prize < 3")
+    assert status == 2 and "prize" in err
 
 
 def test_inspect_shows_what_an_artifact_is(

@@ -42,7 +42,7 @@ def test_missing_file_names_the_nearest(tmp_path):
     )
 
 
-@pytest.mark.parametrize("data", [b"", b"\n \n", gzip.compress(b"")])
+@pytest.mark.parametrize("data", [b"", b"\n \n", gzip.compress(b"", mtime=0)])
 def test_empty_file(tmp_path, data):
     path = put(tmp_path / "e.csv", data)
     refused(tmp_path, r"'.*e\.csv' is empty.*Expected data in it", path=str(path))

@@ -112,25 +112,3 @@ def test_without_ties_lists_and_scores_agree(seed):
     for k in (5, 10):
         assert np.allclose(lists[f"recall@{k}"], metrics.expected_recall_at(above, tied, k))
         assert np.allclose(lists[f"ndcg@{k}"], metrics.expected_ndcg_at(above, tied, k))
-
-
-def test_coverage_popularity_and_gini_equal_hand_computed_values():
-    rows = np.array([[0, 1], [0, 2], [0, -1]])
-    assert metrics.coverage(rows, 4) == 3 / 4
-    assert metrics.average_popularity(rows, np.array([10, 4, 1, 0])) == (3 * 10 + 4 + 1) / 5
-    # Exposures 0, 1, 1, 3 in ascending order: sum((2i - n - 1) x_i) / (n sum x).
-    assert metrics.gini(rows, 4) == pytest.approx((-3 * 0 - 1 * 1 + 1 * 1 + 3 * 3) / (4 * 5))
-
-
-def test_gini_of_even_and_of_concentrated_exposure():
-    assert metrics.gini(np.arange(8).reshape(2, 4), 8) == pytest.approx(0)
-    assert metrics.gini(np.zeros((5, 1), int), 8) == pytest.approx(7 / 8)
-
-
-def test_list_statistics_of_empty_lists_and_of_a_foreign_catalogue():
-    empty = np.full((3, 2), -1)
-    assert metrics.coverage(empty, 4) == 0
-    assert math.isnan(metrics.gini(empty, 4))
-    assert math.isnan(metrics.average_popularity(empty, np.ones(4)))
-    with pytest.raises(UserError, match="the lists hold row 9"):
-        metrics.coverage(np.array([[9]]), 4)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
+import polars as pl
 import pytest
 
 from genrec.evaluation import plots
+from genrec.evaluation.comparison import compare
 from genrec.evaluation.evaluator import summarise
 from genrec.evaluation.reliability import compare_reliability
-from genrec.evaluation.report import Curve, ListedItem, ReportParts, Sample, render, write_report
+from genrec.evaluation.report import (
+    Curve,
+    GroupSection,
+    ItemMap,
+    ListedItem,
+    ReportParts,
+    Sample,
+    SharedPrefix,
+    render,
+    render_runs,
+    write_report,
+)
+from genrec.evaluation.runs import Cell
 
 NASTY = '<script>alert("x")</script> & <img src=x onerror=y> "Tom\'s $5 & $6"'
 VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use"}
@@ -67,18 +83,38 @@ def make_results() -> dict:
         "seeds": [0, 1],
         "rows": rows,
         "calibration": compare_reliability(before, before / 3, rng.integers(-1, 10, 300)),
-        "timing": {"seconds": 12.5},
+        "timing": {
+            "seconds": 12.5,
+            "stages": {
+                "search test, masked (seed 0)": 2.0,
+                "search test, masked (seed 1)": 0.0,
+                "search valid (seed 0)": 3.0,
+                "train (seed 0)": 7.5,
+            },
+            "reused": ["search test, masked (seed 1)"],
+        },
+        "beyond_accuracy": {"k": 10, "masked": {"genrec": {"coverage": 0.431, "gini": 0.5}}},
+        "git": {"commit": "c0ffee", "dirty": True},
         "versions": {"genrec": "0.1.0"},
         "fingerprints": {"dataset": "abc"},
     }
 
 
+def make_groups(title: str) -> GroupSection:
+    lines = [
+        {"group": label, "num_users": 10 * i, "recall@10": i / 9, "recall@10_ci": [i / 10, i / 5]}
+        for i, label in enumerate(("1-5", "$6 & more"), start=1)
+    ]
+    return GroupSection(title, "recall@10", True, {"genrec": lines, "most_popular": lines})
+
+
 def make_parts() -> ReportParts:
     item = ListedItem("50", NASTY)
     listed = [
-        ListedItem("1", NASTY, 0.25, is_target=True),
-        ListedItem("<b>2</b>", None, 0.05),
-        ListedItem("3", "no probability"),
+        ListedItem("1", NASTY, 0.25, True, SharedPrefix("50", NASTY, [3, 1], 4)),
+        ListedItem("<b>2</b>", None, 0.05, False, SharedPrefix("50", NASTY, [], 4)),
+        ListedItem("3", "no probability", shared=SharedPrefix("<i>9</i>", None, [3], 4)),
+        ListedItem("50", "the same", 0.01, shared=SharedPrefix("50", NASTY, [3, 1, 0, 0], 4)),
     ]
     return ReportParts(
         title=f"run {NASTY}",
@@ -87,7 +123,13 @@ def make_parts() -> ReportParts:
             for seed in range(6)
         ],
         code_usage=[np.array([5, 3, 0, 1]), np.array([2, 2, 2, 3])],
+        item_map=ItemMap(
+            np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 5, {1: NASTY, 2: "b"}
+        ),
+        groups=[make_groups("History length"), make_groups(NASTY)],
         samples=[Sample(f"User {NASTY}", [item, item], listed, item)],
+        dataset_info={"ties": NASTY},
+        findings=[{"level": "warning", "message": NASTY}],
         config_yaml=f"name: {NASTY}\n",
         command=f"genrec run {NASTY}",
         notes=[NASTY],
@@ -121,14 +163,101 @@ def test_full_report_is_self_contained_escaped_and_accessible(tmp_path):
     assert all("scope" in attrs for attrs in page.all("th"))
     assert len(page.all("caption")) == len(page.all("table")) >= 8
     pictures = [a for tag, a in page.tags if tag == "div" and a.get("role") == "img"]
-    assert len(pictures) == len(page.all("svg")) == len(page.all("figure")) == 3
+    assert len(pictures) == len(page.all("svg")) == len(page.all("figure")) == 8
     assert all(a["aria-label"] for a in pictures)
     assert "prefers-color-scheme: dark" in text and "@media print" in text
-    heads = [title for title in ("Results", "Sample recommendations", "Training", "Use of codes",
-             "Data", "Protocol", "To repeat this") if title in page.text]  # fmt: skip
-    assert len(heads) == 7
+    titles = ["Results", "For whom does it work?", "Speed", "Sample recommendations", "Training"]
+    titles += ["Use of codes", "Data", "Protocol", "To repeat this"]
+    assert all(title in page.text for title in titles)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing is what takes time; these tests read text."""
+    monkeypatch.setattr(plots, "have_matplotlib", lambda: False)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_samples_say_what_explains_an_item():
+    text = Page(render(make_results(), make_parts())).text
+    assert f"begins like {NASTY}: 2 of 4 codes (3-1)" in text
+    assert "begins like item <i>9</i>: 1 of 4 codes (3)" in text
+    assert "no code in common with the history" in text and "already in the history" in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_endless_titles_are_cut():
+    item = ListedItem("1", "Shampoo " * 40)
+    text = Page(render({}, ReportParts(samples=[Sample("User 1", [item], [item])]))).text
+    assert "Shampoo S…" in text and "Shampoo " * 12 not in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_speed_counts_only_what_was_timed():
+    text = Page(render(make_results(), ReportParts())).text
+    assert "300 requests each" in text and "150.0" in text  # 300 users in 2 seconds
+    assert "search test, masked (seed 1)" not in text
+    results = make_results()
+    results["timing"]["reused"] = list(results["timing"]["stages"])
+    assert "Speed" not in Page(render(results, ReportParts())).text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_groups_show_every_system_and_size():
+    page = check_page(render({}, ReportParts(groups=[make_groups("History length")])))
+    assert "recall@10 by" not in page.text and "Recall@10 by history length" in page.text
+    assert "$6 & more" in page.text and "most popular" in page.text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_commit_is_told_or_said_to_be_unknown():
+    results = make_results()
+    assert (
+        "c0ffee (with changes that were not committed)" in Page(render(results, ReportParts())).text
+    )
+    results["git"] = {}
+    assert "not known (not run from a checkout)" in Page(render(results, ReportParts())).text
+
+
+def make_cell(name: str, shift: float) -> Cell:
+    rng = np.random.default_rng(1)
+    hits = (rng.random((2, 300)) < 0.2 + shift).astype(float)
+    table = pl.concat(
+        pl.DataFrame({"user_row": np.arange(300), "recall@10": values, "ndcg@10": values}).select(
+            pl.all(), name=pl.lit("genrec"), seed=pl.lit(seed), masked=pl.lit(True)
+        )
+        for seed, values in enumerate(hits)
+    )
+    row = summarise("genrec", "test", True, {"recall@10": hits, "ndcg@10": hits})
+    results = {
+        **make_results(),
+        "dataset": {"name": NASTY, "fingerprint": "f", "num_users": 300},
+        "rows": [row],
+    }
+    return Cell(name, {}, results, table)
+
+
+def test_runs_stand_side_by_side_with_paired_differences():
+    pytest.importorskip("matplotlib")
+    cells = [make_cell("one", 0.0), make_cell(f"two {NASTY}", 0.1)]
+    found = compare(cells)
+    small = replace(make_parts(), curves=(), groups=(), code_usage=())
+    pages = [(cell.results, replace(small, title=cell.name)) for cell in cells]
+    page = check_page(render_runs("Two runs", pages, found))
+    test = found["cells"][1]["rows"][0]["vs_reference"]["ndcg@10"]
+    assert test["difference"] > 0.05
+    assert f"{test['difference']:+.4f}".replace("0.", ".", 1) in page.text
+    assert "against one" in page.text and "reference" in page.text
+    ids = [attrs.get("id") for _, attrs in page.tags]
+    for number in (1, 2):
+        assert f"run-{number}" in ids and f"run-{number}-samples" in ids
+    levels = [tag for tag, _ in page.tags if tag in ("h1", "h2", "h3", "h4")]
+    order = {"h1": 1, "h2": 2, "h3": 3, "h4": 4}
+    steps = [order[b] - order[a] for a, b in itertools.pairwise(levels)]
+    assert levels.count("h1") == 1 and max(steps) == 1  # no heading level is left out
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_verdict_says_when_a_baseline_is_higher():
     results = make_results()
     text = Page(render(results, ReportParts())).text
@@ -137,6 +266,7 @@ def test_verdict_says_when_a_baseline_is_higher():
     assert "No baseline here is higher." in Page(render(results, ReportParts())).text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_figures_are_those_of_the_rows():
     results = make_results()
     text = Page(render(results, ReportParts())).text
@@ -147,8 +277,20 @@ def test_figures_are_those_of_the_rows():
 
 
 @pytest.mark.parametrize(
-    "missing", ["dataset", "protocol", "seeds", "rows", "calibration", "timing", "versions"]
+    "missing",
+    [
+        "dataset",
+        "protocol",
+        "seeds",
+        "rows",
+        "calibration",
+        "timing",
+        "versions",
+        "git",
+        "beyond_accuracy",
+    ],
 )
+@pytest.mark.usefixtures("no_pictures")
 def test_any_part_may_be_missing(missing):
     results = make_results()
     del results[missing]
@@ -180,6 +322,14 @@ def test_same_input_gives_the_same_bytes(monkeypatch):
     assert plots.code_usage(counts, "codes") == plots.code_usage(counts, "codes")
     monkeypatch.setattr(plots, "have_matplotlib", lambda: False)
     assert render(make_results(), make_parts()) == render(make_results(), make_parts())
+
+
+def test_levels_of_different_sizes_keep_their_own_axis():
+    pytest.importorskip("matplotlib")
+    large, small = plots.code_usage([np.ones(200)], "a"), plots.code_usage([np.ones(3)], "a")
+    both = plots.code_usage([np.ones(200), np.ones(3)], "a")
+    labels = [set(re.findall(r">([0-9.]+)</text>", svg)) for svg in (large, small, both)]
+    assert "200" in labels[0] & labels[2] and "200" not in labels[1]
 
 
 def test_reliability_picture_survives_bins_without_hits():

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import permutation_test, ttest_rel
 
 from genrec.errors import UserError
-from genrec.evaluation.significance import holm, mean_ci, paired_bootstrap, per_user
+from genrec.evaluation.significance import (
+    detectable_difference,
+    detectable_prior,
+    holm,
+    mean_ci,
+    paired_bootstrap,
+    paired_permutation,
+    paired_test,
+    per_user,
+)
 
 
 def hits(share: float, users: int, seed: int) -> np.ndarray:
@@ -89,6 +99,10 @@ def test_swapping_the_systems_flips_the_sign():
         (lambda: mean_ci(np.ones(3), level=95), "e.g. 0.95"),
         (lambda: mean_ci(np.ones(3), num_samples=0), "num_samples: got 0"),
         (lambda: paired_bootstrap(np.ones(3), np.ones(4)), "the same users"),
+        (lambda: paired_permutation(np.ones(3), np.ones(4)), "the same users"),
+        (lambda: paired_permutation(np.ones(3), np.zeros(3), num_samples=0), "num_samples: got 0"),
+        (lambda: detectable_prior(np.ones(3), correlation=2), "from -1 to 1"),
+        (lambda: detectable_difference(np.ones(3), np.zeros(3), power=1), "between 0 and 1"),
     ],
 )
 def test_bad_input_is_refused(call, message):
@@ -101,3 +115,63 @@ def test_holm_by_hand():
     assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([0.6, 0.9]) == [1.0, 1.0]
     assert holm([]) == [] and holm([0.2]) == [0.2]
+
+
+def test_few_users_get_the_exact_sign_flip_p():
+    a, b = np.array([0.9, 0.4, 0.7, 0.2, 0.5, 0.6]), np.array([0.5, 0.5, 0.1, 0.2, 0.4, 0.1])
+    exact = permutation_test(
+        (a, b), lambda x, y, axis: (x - y).mean(axis=axis), permutation_type="samples",
+        n_resamples=np.inf, vectorized=True,
+    )  # fmt: skip
+    assert paired_permutation(a, b) == pytest.approx(exact.pvalue)
+    # All five of one sign: the two extreme assignments of 2^5.
+    assert paired_permutation(np.ones(5), np.zeros(5)) == 2 / 2**5
+
+
+@pytest.mark.parametrize("kind", ["few distinct values", "many distinct values"])
+def test_sign_flip_p_agrees_with_the_t_test_on_many_users(kind):
+    rng = np.random.default_rng(4)
+    if kind.startswith("few"):
+        a, b = hits(0.25, 3000, 1), hits(0.23, 3000, 2)
+    else:
+        a, b = rng.normal(0.03, 1, 3000), rng.normal(0, 1, 3000)
+    found = paired_permutation(a, b, num_samples=10_000)
+    assert found == pytest.approx(ttest_rel(a, b).pvalue, abs=0.02)
+
+
+def test_sign_flip_p_is_uniform_when_nothing_differs_and_never_zero():
+    p = [paired_permutation(hits(0.3, 200, s), hits(0.3, 200, 500 + s), s, 400) for s in range(200)]
+    assert np.mean(np.array(p) <= 0.05) < 0.11 and 0.4 < np.mean(p) < 0.65
+    assert paired_permutation(np.ones(100), np.zeros(100), num_samples=99) == 1 / 100
+    assert paired_permutation(np.ones(9), np.ones(9)) == 1.0
+    assert paired_permutation(np.full(50, 0.1 + 0.2), np.full(50, 0.3)) == 1.0
+
+
+def test_a_difference_of_the_detectable_size_is_found_four_times_in_five():
+    rng = np.random.default_rng(0)
+    users, found = 150, 0
+    for _ in range(300):
+        noise = rng.normal(size=users)
+        size = 2.8016 / np.sqrt(users)  # (z(.975) + z(.8)) sd / sqrt(U), sd = 1
+        found += ttest_rel(noise + size, np.zeros(users)).pvalue < 0.05
+    assert 0.73 < found / 300 < 0.87
+    noise = rng.normal(size=100_000)
+    measured = detectable_difference(noise, np.zeros(100_000))
+    assert measured == pytest.approx(2.8016 / np.sqrt(100_000), rel=0.02)
+
+
+def test_detectable_before_there_is_a_pair_takes_independent_systems():
+    a, b = hits(0.2, 20_000, 1), hits(0.2, 20_000, 2)
+    assert detectable_prior(a) == pytest.approx(detectable_difference(a, b), rel=0.03)
+    assert detectable_prior(a, correlation=0.75) == pytest.approx(detectable_prior(a) / 2)
+    assert detectable_difference(a, a) == 0
+
+
+def test_everything_that_is_said_about_a_difference():
+    a, b = np.stack([hits(0.4, 300, 1), hits(0.4, 300, 3)]), hits(0.3, 300, 2)
+    found = paired_test(a, b, num_samples=500)
+    assert {key: found[key] for key in ("difference", "ci", "p")} == paired_bootstrap(
+        a, b, num_samples=500
+    )
+    assert found["p_permutation"] == paired_permutation(a, b, num_samples=500)
+    assert found["detectable"] == detectable_difference(a, b)

@@ -12,7 +12,21 @@ import sys
 import typer
 
 from genrec import __version__
-from genrec.cli import ablate, baselines, data, demo, inspect, recommend, run, stages
+from genrec.cli import (
+    ablate,
+    audit,
+    baselines,
+    compare,
+    data,
+    demo,
+    inspect,
+    merge,
+    recommend,
+    report,
+    rerank,
+    run,
+    stages,
+)
 from genrec.errors import GenrecError
 from genrec.runtime import process_index
 
@@ -47,7 +61,21 @@ def build_app() -> typer.Typer:
         """Generative recommendation built around item tokenization."""
         _set_up_logging(quiet)
 
-    for group in (demo, run, data, stages, recommend, inspect, baselines, ablate):
+    for group in (
+        demo,
+        run,
+        data,
+        stages,
+        recommend,
+        rerank,
+        report,
+        inspect,
+        baselines,
+        ablate,
+        compare,
+        audit,
+        merge,
+    ):
         group.register(app)
     return app
 

@@ -48,9 +48,12 @@ def register(app: typer.Typer) -> None:
 
 
 def _print(found: dict) -> None:
-    from genrec.evaluation.comparison import modes, result_table
+    from genrec.evaluation.comparison_tables import modes, noise_sentence, result_table
+    from genrec.evaluation.metrics import PRINTED
 
     for masked in modes(found):
         columns, rows = result_table(found, masked)
         seen = "left out" if masked else "kept in"
         print_table(f"{found['dataset']['name']}: test, seen items {seen}", columns, rows)
+        for metric in PRINTED:
+            typer.echo(noise_sentence(found, metric, masked))

@@ -98,7 +98,9 @@ def train(
     loaded, item_index = Dataset.load(dataset), ItemIndex.load(_part(index, "index"))
     accelerator = make_accelerator(device=device)
     where = [accelerator.device.type, accelerator.num_processes]
-    parts = [resolved.model.to_dict(), resolved.trainer.to_dict(), seed, where]
+    model: Any = resolved.model
+    reads = model.reads(loaded.catalog)
+    parts = [model.to_dict(), resolved.trainer.to_dict(), seed, where, *([reads] if reads else [])]
     key = fingerprint(loaded.fingerprint, item_index.fingerprint, *parts)
     stages.train(
         out,
@@ -147,7 +149,7 @@ def calibrate(
         mode_name(masked): run.lists(loaded, item_index, artifact, "valid", masked, seed=0)
         for masked in run.config.evaluation.masked
     }
-    calibration = run.calibrate(valid, seed=0)
+    calibration = run.calibrate(loaded, item_index, artifact, valid, seed=0)
     tokenizer = index / "tokenizer"
     bundle = save_bundle(
         out,

@@ -1,85 +1,59 @@
-"""Which of several runs is better, and is the difference more than chance? Tables, tests, pictures.
+"""Which of several runs is better, and is the difference more than chance? Paired tests, by user.
 
-It takes what runs left behind (results and per-user values) and knows neither configurations nor
-how runs are made. Runs are compared on the same users of the same data under the same protocol, or
-not at all.
-
-Shapes: S seeds, U users.
+It takes what runs left behind (`runs.py`: results and per-user values) and knows neither
+configurations nor how runs are made; tables of what it found are in `comparison_tables.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import polars as pl
-
-from genrec.errors import MismatchError
-from genrec.evaluation import markup, plots
-from genrec.evaluation.significance import holm, paired_bootstrap
-
-SYSTEM = "genrec"
-TESTED = ("recall@10", "ndcg@10")
-MAX_LEVELS = 4
-# What two results must share: the data with its splits, and how they were ranked.
-PROTOCOL = ("split", "ties", "duplicates", "filters", "ranking", "hit", "targets", "test_history")
+from genrec.evaluation.metrics import PRINTED
+from genrec.evaluation.runs import SYSTEM, Cell, check_comparable, common_modes
+from genrec.evaluation.significance import detectable_prior, holm, paired_test
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of a comparison.
-
-    Args:
-        name: row of the table.
-        settings: what makes it different, dotted key -> value.
-        results: content of its results.json.
-        per_user: its per_user.parquet: one line per system, seed, mode and user.
-    """
-
-    name: str
-    settings: Mapping[str, Any]
-    results: Mapping[str, Any]
-    per_user: pl.DataFrame
-
-    def values(self, metric: str, masked: bool) -> np.ndarray:
-        """Return a metric of the generator by seed and user, (S, U)."""
-        mine = self.per_user.filter((pl.col("name") == SYSTEM) & (pl.col("masked") == masked))
-        by_seed = mine.partition_by("seed", maintain_order=True)
-        return np.stack([part.sort("user_row")[metric].to_numpy() for part in by_seed])
-
-
-def compare(cells: Sequence[Cell], *, reference: str | None = None) -> dict[str, Any]:
+def compare(
+    cells: Sequence[Cell],
+    *,
+    reference: str | None = None,
+    metrics: Sequence[str] = PRINTED,
+    same_seeds: bool = True,
+) -> dict[str, Any]:
     """Return figures of every cell and paired tests against a reference.
 
     Args:
         cells: at least one; all of one data set and protocol.
-        reference: name of a cell; default the first.
+        reference: name of a cell; the first where there is none of that name.
+        metrics: what is tested, e.g. "ndcg@10"; each cell must have it per user.
+        same_seeds: refuse cells that were trained under other seeds.
 
     Returns:
         JSON types: `dataset`, `protocol`, `seeds`, `reference`, `baselines` (rows as in
-        results.json) and `cells`: `name`, `settings`, `rows` (of the generator, by mode, each with
-        `vs_reference`: metric -> difference, ci, p, p_holm), `tokens` and `timing`.
+        results.json) and `cells`: `name`, `settings`, `rows` (by mode, each with `vs_reference`:
+        metric -> difference, ci, p, p_permutation, both also corrected by Holm over the cells as
+        `p_holm` and `p_permutation_holm`, detectable), `tokens` and `timing`.
 
     Raises:
         MismatchError: cells of other data or another protocol, with both.
     """
     first = cells[0]
     for cell in cells[1:]:
-        _check_comparable(first, cell)
-    against = next((c for c in cells if c.name == reference), first)
-    modes = [row["masked"] for row in first.results["rows"] if row["name"] == SYSTEM]
-    lines = [_line(cell, against, modes) for cell in cells]
-    for mode in range(len(modes)):
-        for metric in TESTED:
+        check_comparable(first, cell, same_seeds=same_seeds)
+    against = next((cell for cell in cells if cell.name == reference), first)
+    shared = common_modes(cells)
+    lines = [_line(cell, against, shared, metrics) for cell in cells]
+    for mode in range(len(shared)):
+        for metric in metrics:
             tests = [
                 line["rows"][mode]["vs_reference"][metric]
                 for line in lines
                 if line["name"] != against.name
             ]
-            for test, corrected in zip(tests, holm([test["p"] for test in tests]), strict=True):
-                test["p_holm"] = corrected
+            for p in ("p", "p_permutation"):
+                for test, corrected in zip(tests, holm([t[p] for t in tests]), strict=True):
+                    test[f"{p}_holm"] = corrected
     return {
         "dataset": first.results["dataset"],
         "protocol": first.results["protocol"],
@@ -91,230 +65,52 @@ def compare(cells: Sequence[Cell], *, reference: str | None = None) -> dict[str,
     }
 
 
-def _check_comparable(one: Cell, other: Cell) -> None:
-    checks = {"data set": (_data(one), _data(other)), "seeds": (_seeds(one), _seeds(other))}
-    for key in PROTOCOL:
-        checks[key] = (one.results["protocol"].get(key), other.results["protocol"].get(key))
-    for what, (a, b) in checks.items():
-        if a != b:
-            raise MismatchError(
-                f"{other.name!r} cannot be compared with {one.name!r}: its {what} is {b}, not "
-                f"{a}. Compare runs of one prepared data set under one protocol."
-            )
+def noise(found: Mapping[str, Any], metric: str, masked: bool) -> tuple[float, bool]:
+    """Return the difference below which a table holds nothing but noise.
+
+    The smallest of the paired detectable differences to the reference (80% power, level .05).
+
+    Returns:
+        the difference, and whether it comes from pairs; alone, a cell is measured against an
+        independent system that spreads as it does.
+    """
+    tests = [
+        row["vs_reference"][metric]["detectable"]
+        for cell in found["cells"]
+        for row in cell["rows"]
+        if row["masked"] == masked and cell["name"] != found["reference"]
+    ]
+    differing = [difference for difference in tests if difference > 0]
+    if differing:
+        return min(differing), True
+    rows = [r for cell in found["cells"] for r in cell["rows"] if r["masked"] == masked]
+    return rows[0]["detectable"][metric], False
 
 
-def _data(cell: Cell) -> str:
-    return str(cell.results["dataset"]["fingerprint"])
-
-
-def _seeds(cell: Cell) -> list[int]:
-    return list(cell.results["seeds"])
-
-
-def _line(cell: Cell, against: Cell, modes: Sequence[bool]) -> dict[str, Any]:
+def _line(
+    cell: Cell, against: Cell, modes: Sequence[bool], metrics: Sequence[str]
+) -> dict[str, Any]:
     rows = []
     for masked in modes:
-        row = dict(
-            next(r for r in cell.results["rows"] if r["name"] == SYSTEM and r["masked"] == masked)
-        )
+        row = cell.row(masked)
+        mine = {metric: cell.values(metric, masked) for metric in metrics}
         row["vs_reference"] = {
-            metric: paired_bootstrap(cell.values(metric, masked), against.values(metric, masked))
-            for metric in TESTED
+            metric: paired_test(values, against.values(metric, masked))
+            for metric, values in mine.items()
         }
+        # Results written before figures had it.
+        prior = {metric: detectable_prior(values) for metric, values in mine.items()}
+        row["detectable"] = {**prior, **row.get("detectable", {})}
         rows.append(row)
+    told = cell.results if cell.system == SYSTEM else {}
     return {
         "name": cell.name,
         "settings": dict(cell.settings),
         "rows": rows,
-        "tokens": cell.results.get("tokens"),
-        "timing": cell.results.get("timing"),
+        "tokens": told.get("tokens"),
+        "timing": told.get("timing"),
         "calibration": {
-            key: cell.results.get("calibration", {}).get(key)
+            key: told.get("calibration", {}).get(key)
             for key in ("ece_before", "ece_after", "nll_before", "nll_after")
         },
     }
-
-
-# -- tables -------------------------------------------------------------------------------------
-
-
-def to_markdown(found: Mapping[str, Any]) -> str:
-    """Return the comparison as a Markdown document."""
-    dataset = found["dataset"]
-    seeds = len(found["seeds"])
-    parts = [
-        f"# {found['name']}",
-        f"{dataset['name']}: {dataset['num_users']:,} users, {dataset['num_items']:,} items, "
-        f"{dataset['num_interactions']:,} interactions. Test, full ranking, item-level hits, "
-        f"{seeds} seed{'s' * (seeds > 1)}. In brackets 95% bootstrap intervals over users; "
-        f"differences are paired over users, against `{found['reference']}`; p is corrected by "
-        "Holm over the table; sd is the standard deviation of NDCG@10 over seeds.",
-    ]
-    for masked in modes(found):
-        parts.append(f"## Seen items {'left out' if masked else 'kept in'}")
-        parts.append(_markdown_table(*result_table(found, masked)))
-    tokens = _token_table(found)
-    if tokens[1]:
-        parts += ["## Tokens", _markdown_table(*tokens)]
-    for name, text in (found.get("failed") or {}).items():
-        parts.append(f"`{name}` failed:\n\n```\n{text}\n```")
-    return "\n\n".join(parts) + "\n"
-
-
-def modes(found: Mapping[str, Any]) -> list[bool]:
-    """Return which ways of ranking a comparison holds: seen items left out (true) or kept in."""
-    return [row["masked"] for row in found["cells"][0]["rows"]]
-
-
-def result_table(found: Mapping[str, Any], masked: bool) -> tuple[list[str], list[list[str]]]:
-    """Return heads and lines of the result table of one way of ranking, as text."""
-    columns = ["", "Recall@10", "NDCG@10", "sd", "NDCG@10, difference", "p"]
-    rows = []
-    for cell in found["cells"]:
-        row = next(r for r in cell["rows"] if r["masked"] == masked)
-        test = row["vs_reference"]["ndcg@10"]
-        is_reference = cell["name"] == found["reference"]
-        by_seed = row.get("ndcg@10_seeds")
-        rows.append(
-            [
-                cell["name"],
-                _figure(row["recall@10"], row["recall@10_ci"]),
-                _figure(row["ndcg@10"], row["ndcg@10_ci"]),
-                _short(f"{np.std(by_seed, ddof=1):.4f}") if by_seed else "",
-                "reference" if is_reference else _figure(test["difference"], test["ci"], "+"),
-                "" if is_reference else _short(f"{test['p_holm']:.3f}"),
-            ]
-        )
-    for row in found["baselines"]:
-        if row["masked"] == masked:
-            shown = [_figure(row[m], row[f"{m}_ci"]) for m in TESTED]
-            rows.append([f"({row['name']})", *shown, "", "", ""])
-    return columns, rows
-
-
-def _token_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    columns = [
-        "",
-        "levels",
-        "codes used",
-        "collision rate",
-        "largest group",
-        "fit (s)",
-        "train (s)",
-    ]
-    rows = []
-    for cell in found["cells"]:
-        tokens = cell.get("tokens")
-        if tokens:
-            rows.append([cell["name"], *tokens_row(tokens), *_seconds(cell)])
-    return columns, rows
-
-
-def tokens_row(tokens: Mapping[str, Any]) -> list[str]:
-    """Return shape of the index, codes used per level of the tokenizer, and collisions, as text."""
-    sizes = tokens["index"]["codebook_sizes"]
-    shared = tokens["index"].get("shared_vocabulary")
-    shape = f"up to {len(sizes)} of {sizes[0]:,}" if shared else " x ".join(map(str, sizes))
-    used = [f"{level['utilisation']:.0%}" for level in tokens["levels"]]
-    shown = ", ".join(used if len(used) <= MAX_LEVELS else [*used[:MAX_LEVELS], "..."])
-    collisions = tokens["collisions"]
-    return [shape, shown, f"{collisions['rate']:.2%}", str(collisions["largest_group"])]
-
-
-def _seconds(cell: Mapping[str, Any]) -> list[str]:
-    """Return seconds of fitting and training, the mean over seeds; blank where it was reused."""
-    timing = cell.get("timing") or {}
-    reused = set(timing.get("reused", ()))
-    result = []
-    for stage in ("tokenize", "train"):
-        found = [
-            seconds
-            for label, seconds in timing.get("stages", {}).items()
-            if label.startswith(f"{stage} (") and label not in reused
-        ]
-        result.append(f"{np.mean(found):.1f}" if found else "")
-    return result
-
-
-def _figure(value: float, ci: Sequence[float], sign: str = "") -> str:
-    low, high = (_short(f"{bound:{sign}.3f}") for bound in ci)
-    return f"{_short(f'{value:{sign}.4f}')} [{low}, {high}]"
-
-
-def _short(text: str) -> str:
-    """Without the leading zero, so that a row fits 80 columns."""
-    return text.replace("0.", ".", 1)
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def to_html(found: Mapping[str, Any], axes: Sequence[str] = ()) -> str:
-    """Return the comparison as one self-contained page.
-
-    Args:
-        found: what `compare` returned, with a `name`.
-        axes: dotted keys of a grid; each numeric one gets a picture of the metric against it.
-    """
-    body = [f"<header><h1>{markup.esc(found['name'])}</h1></header>"]
-    for masked in modes(found):
-        how = "left out" if masked else "kept in"
-        columns, rows = result_table(found, masked)
-        caption = f"{found['dataset']['name']}: test, full ranking, seen items {how}"
-        shown = markup.table(
-            caption,
-            columns,
-            [[markup.esc(c) for c in row] for row in rows],
-            ours=[row[0] == found["reference"] for row in rows],
-        )
-        body.append(
-            markup.section(
-                f"results-{how[:4]}", f"Seen items {how}", shown, *_pictures(found, masked, axes)
-            )
-        )
-    columns, rows = _token_table(found)
-    if rows:
-        cells = [[markup.esc(c) for c in row] for row in rows]
-        body.append(markup.section("tokens", "Tokens", markup.table("Tokens", columns, cells)))
-    body.append(
-        markup.section(
-            "protocol",
-            "Protocol",
-            markup.definitions(found["protocol"]),
-            markup.definitions(found["versions"]),
-        )
-    )
-    for name, text in (found.get("failed") or {}).items():
-        body.append(
-            markup.section(f"failed-{name}", f"{name} failed", f"<pre>{markup.esc(text)}</pre>")
-        )
-    return markup.page(str(found["name"]), "\n".join(body))
-
-
-def _pictures(found: Mapping[str, Any], masked: bool, axes: Sequence[str]) -> list[str]:
-    if not plots.have_matplotlib():
-        return [markup.paragraph("Install genrec with the extra `plots` to see pictures.")]
-    mode = "masked" if masked else "unmasked"
-    rows = [
-        (cell["name"], next(r for r in cell["rows"] if r["masked"] == masked), cell["settings"])
-        for cell in found["cells"]
-    ]
-    points = [(name, row["ndcg@10"], row["ndcg@10_ci"]) for name, row, _ in rows]
-    lines = {b["name"]: b["ndcg@10"] for b in found["baselines"] if b["masked"] == masked}
-    made = [
-        markup.figure(
-            plots.intervals(points, lines, "NDCG@10", f"cells-{mode}"),
-            "NDCG@10 of every cell with its interval; the table has the figures.",
-            "NDCG@10 with 95% intervals; broken lines are baselines.",
-        )
-    ]
-    for number, axis in enumerate(axes):
-        known = [(s[axis], r["ndcg@10"], r["ndcg@10_ci"]) for _, r, s in rows if axis in s]
-        if known and all(isinstance(x, int | float) for x, _, _ in known):
-            svg = plots.metric_against(known, axis, "NDCG@10", f"axis-{mode}-{number}")
-            alt = f"NDCG@10 against {axis}; the table has the figures."
-            made.append(markup.figure(svg, alt, f"NDCG@10 against {axis}, every cell of the grid."))
-    return made

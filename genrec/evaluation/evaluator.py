@@ -29,7 +29,7 @@ from genrec.evaluation.metrics import (
     recall_at,
     tied_ranks,
 )
-from genrec.evaluation.significance import mean_ci, paired_bootstrap, per_user
+from genrec.evaluation.significance import detectable_prior, mean_ci, paired_test, per_user
 
 ScoreFunction = Callable[[list[np.ndarray]], np.ndarray]
 TiePolicy = Literal["expected_rank", "expected_metric"]
@@ -135,7 +135,9 @@ def summarise(
     Returns:
         JSON types: `name`, `split`, `masked`, `num_users`, `num_seeds`; for each metric its mean
         and `<metric>_ci` [low, high] over users; with several seeds `<metric>_seeds`, the mean of
-        each; with a reference `vs_<reference_name>`: metric -> difference, ci, p.
+        each; `detectable`: metric -> smallest true difference to an independent system of the same
+        spread that these users would show; with a reference `vs_<reference_name>`: metric ->
+        difference, ci, p, p_permutation, detectable.
     """
     row: dict[str, Any] = {"name": name, "split": split, "masked": bool(masked)}
     shapes = {np.atleast_2d(values).shape for values in metrics.values()}
@@ -150,9 +152,10 @@ def summarise(
         row[metric], row[f"{metric}_ci"] = mean, [low, high]
         if row["num_seeds"] > 1:
             row[f"{metric}_seeds"] = [float(x) for x in np.asarray(values).mean(axis=1)]
+    row["detectable"] = {metric: detectable_prior(values) for metric, values in metrics.items()}
     if reference is not None:
         row[f"vs_{reference_name}"] = {
-            metric: paired_bootstrap(values, per_user(reference[metric]), seed, num_samples)
+            metric: paired_test(values, per_user(reference[metric]), seed, num_samples)
             for metric, values in metrics.items()
             if metric in reference
         }

@@ -23,7 +23,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--bg); c
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; padding-top: .6rem;
   border-top: 1px solid var(--grid); }
-h3 { font-size: 1.05rem; margin: 1.2rem 0 .4rem; }
+h3, h4 { font-size: 1.05rem; margin: 1.2rem 0 .4rem; }
+h3.part { font-size: 1.15rem; margin-top: 1.8rem; color: var(--accent); }
 a { color: var(--accent); }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: 0; list-style: none; }
 p, li, dd, td, th { overflow-wrap: anywhere; }
@@ -36,8 +37,12 @@ th, td { padding: .35rem .5rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--grid); }
 tbody th { font-weight: 500; }
 thead th { font-size: .88rem; border-bottom: 2px solid var(--grid); }
-td.number, th.number { text-align: right; overflow-wrap: normal; white-space: nowrap; }
-tr.ours > * { font-weight: 650; background: var(--panel); }
+td.number, th.number { text-align: right; overflow-wrap: normal; }
+td.number { white-space: nowrap; }
+tr > th:first-child { min-width: 6.5rem; overflow-wrap: break-word; position: sticky; left: 0;
+  background: var(--bg); }
+tr.ours > *, tr.ours > th:first-child { font-weight: 650; background: var(--panel); }
+.why { display: block; font-size: .82rem; font-weight: 400; color: var(--muted); }
 .ci { display: block; font-size: .8rem; font-weight: 400; color: var(--muted); }
 figure { margin: 1rem 0; max-width: 34rem; }
 svg { width: 100%; height: auto; font-family: inherit; }
@@ -56,7 +61,8 @@ details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); }
   --series-3: #1a7350; --series-4: #8a3f9b; --series-5: #6b6f76; }
   body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
   figure, tr, dl, .sample { break-inside: avoid; } h2, h3 { break-after: avoid; }
-  .scroll { overflow: visible; } }
+  details::details-content { content-visibility: visible; block-size: auto; }
+  .scroll { overflow: visible; } tr > th:first-child { position: static; } }
 """
 
 # Nothing may be fetched, whatever a title holds.
@@ -86,6 +92,19 @@ def section(key: str, title: str, *parts_html: str) -> str:
     return (
         f'<section id="{esc(key)}" aria-labelledby="{esc(key)}-title">\n'
         f'<h2 id="{esc(key)}-title">{esc(title)}</h2>\n{body}\n</section>'
+    )
+
+
+def subsection(key: str, title: str, *parts_html: str) -> str:
+    """Return a section within a section; headings inside it go down by one level."""
+    body = "\n".join(part for part in parts_html if part)
+    for level in (4, 3):
+        body = body.replace(f"<h{level}>", f"<h{level + 1}>").replace(
+            f"</h{level}>", f"</h{level + 1}>"
+        )
+    return (
+        f'<section id="{esc(key)}" aria-labelledby="{esc(key)}-title">\n'
+        f'<h3 id="{esc(key)}-title" class="part">{esc(title)}</h3>\n{body}\n</section>'
     )
 
 

@@ -4,7 +4,8 @@ Every accuracy metric is a per-user float64 array, the currency of this package:
 and tests are made elsewhere (`genrec.evaluation.significance`). It knows nothing about models,
 users or splits, and a hit is an item row, never a semantic ID.
 
-With one target per user recall@k equals hit@k. Ranks count from 0; -1 means "not in the list".
+With one target per user recall@k equals hit@k, MAP@k equals MRR@k, and precision@k is recall@k / k;
+sets of targets are in `target_sets.py`. Ranks count from 0; -1 means "not in the list".
 
 Ties, two ways (they differ: .0120 and .0113 for the most popular items of Amazon Beauty):
 `expected_rank` takes the mean of the places that the tied items share and then the metric of that
@@ -23,6 +24,9 @@ import numpy as np
 from genrec.errors import UserError
 
 ABSENT = -1
+
+PRINTED = ("recall@10", "ndcg@10")
+"""What tables of runs show and what is tested. Everything else is in results.json."""
 
 
 def ranks_in_lists(rows_Bk: np.ndarray, target_B: np.ndarray) -> np.ndarray:
@@ -167,36 +171,6 @@ def expected_mrr_at(above_U: np.ndarray, tied_U: np.ndarray, k: int) -> np.ndarr
     return _expected(above_U, tied_U, k, lambda n: 1.0 / (np.arange(n) + 1.0))
 
 
-def coverage(rows_Bk: np.ndarray, num_items: int) -> float:
-    """Return the share of the catalogue that appears in at least one list (0 to 1)."""
-    return float(np.count_nonzero(_exposure(rows_Bk, num_items)) / num_items)
-
-
-def average_popularity(rows_Bk: np.ndarray, popularity_N: np.ndarray) -> float:
-    """Return the mean popularity of all recommended items; NaN when nothing is recommended.
-
-    Args:
-        rows_Bk: (B, k) int item rows, -1 = padding.
-        popularity_N: (N,) training counts or shares.
-    """
-    exposure_N = _exposure(rows_Bk, len(popularity_N))
-    total = exposure_N.sum()
-    return float(exposure_N @ np.asarray(popularity_N) / total) if total else float("nan")
-
-
-def gini(rows_Bk: np.ndarray, num_items: int) -> float:
-    """Return the Gini index of how often items are recommended: 0 = all equally often.
-
-    One item taking every place gives (N - 1) / N. NaN when nothing is recommended.
-    """
-    exposure_N = np.sort(_exposure(rows_Bk, num_items))
-    total = exposure_N.sum()
-    if not total:
-        return float("nan")
-    weights_N = 2 * np.arange(1, num_items + 1) - num_items - 1
-    return float(weights_N @ exposure_N / (num_items * total))
-
-
 def _expected(
     above_U: np.ndarray, tied_U: np.ndarray, k: int, gains: Callable[[int], np.ndarray]
 ) -> np.ndarray:
@@ -205,17 +179,6 @@ def _expected(
     total = np.concatenate([[0.0], np.cumsum(gains(k))])  # gain of the first 0..k places
     gain_U = total[np.minimum(above_U + tied_U, k)] - total[np.minimum(above_U, k)]
     return np.where(tied_U > 0, gain_U / np.maximum(tied_U, 1), 0.0)
-
-
-def _exposure(rows_Bk: np.ndarray, num_items: int) -> np.ndarray:
-    rows = np.asarray(rows_Bk).reshape(-1)
-    rows = rows[rows >= 0]
-    if num_items < 1 or (len(rows) and rows.max() >= num_items):
-        raise UserError(
-            f"num_items: got {num_items}, but the lists hold row {rows.max(initial=0)}. "
-            "Give the size of the catalogue that the lists were made from."
-        )
-    return np.bincount(rows, minlength=num_items)
 
 
 def _ranks(rank_U: np.ndarray, k: int) -> np.ndarray:

@@ -24,8 +24,10 @@ _CSS = {
     **{color: f"var(--series-{i + 1})" for i, color in enumerate(_SERIES)},
 }
 _DASHES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D")
 _WIDTH = 5.4  # inches: about the width of a phone at the font size below
 _FONT = 11
+MAX_LABEL = 28
 
 
 def have_matplotlib() -> bool:
@@ -48,7 +50,7 @@ def training_curve(curves: Sequence[Mapping[str, Any]], name: str) -> str:
         style = {
             "color": _SERIES[number % len(_SERIES)],
             "linestyle": _DASHES[number % len(_DASHES)],
-            "label": str(curve["label"]).replace("$", r"\$"),
+            "label": _shortened(str(curve["label"])),
         }
         for axis, key in zip(axes, ("train", "valid"), strict=True):
             points = np.asarray(curve.get(key, ()), dtype=float).reshape(-1, 2)
@@ -72,7 +74,8 @@ def code_usage(levels: Sequence[np.ndarray], name: str) -> str:
     Returns:
         an <svg> element.
     """
-    figure, axes = _figure(len(levels), 1.0 + 1.25 * len(levels))
+    alike = len({len(counts) for counts in levels}) == 1
+    figure, axes = _figure(len(levels), 1.0 + 1.25 * len(levels), share_x=alike)
     for number, (axis, counts) in enumerate(zip(axes, levels, strict=True)):
         ordered = np.sort(np.asarray(counts, dtype=float))[::-1]
         edges = np.arange(len(ordered) + 1)
@@ -135,6 +138,8 @@ def reliability_diagram(
             linestyle="none",
         )
     axes[0].set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    for axis in (axes[0].xaxis, axes[0].yaxis):
+        _percent_ticks(axis, high / low)
     axes[0].set_ylabel("actual hit rate")
     _legend(axes[0])
     axes[1].set_xlabel("predicted probability (mean of the bin)")
@@ -165,7 +170,7 @@ def intervals(
     for number, (text, value) in enumerate(lines.items()):
         style = {"color": _SERIES[1 + number % 4], "linestyle": _DASHES[1 + number % 3]}
         axis.axvline(value, linewidth=1.2, label=text.replace("_", " "), **style)
-    axis.set_yticks(range(len(points)), [point[0].replace("$", r"\$") for point in points])
+    axis.set_yticks(range(len(points)), [_shortened(point[0]) for point in points])
     axis.set_xlabel(label)
     if lines:
         axis.legend(frameon=False, labelcolor=_TEXT, fontsize=_FONT - 1, loc="lower right")
@@ -198,12 +203,58 @@ def metric_against(
     return _svg(figure, name)
 
 
-def _figure(rows: int, height: float, *, ratios: Sequence[float] = ()) -> tuple[Any, Any]:
+def by_group(
+    labels: Sequence[str],
+    systems: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+    axis_label: str,
+    label: str,
+    name: str,
+) -> str:
+    """Draw a metric by group of users, one line with intervals per system.
+
+    Args:
+        labels: of the groups, in order.
+        systems: name -> (value, [low, high]) of each group.
+        axis_label: what makes the groups.
+        label: what the metric is.
+        name: prefix of ids inside the picture, unique in the page.
+    """
+    figure, (axis,) = _figure(1, 3.2)
+    places = np.arange(len(labels), dtype=float)
+    for number, (system, points) in enumerate(systems.items()):
+        values = np.array([value for value, _ in points])
+        ends = np.array([ci for _, ci in points], dtype=float)
+        shift = 0.07 * (number - (len(systems) - 1) / 2)
+        axis.errorbar(
+            places + shift,
+            values,
+            yerr=np.maximum(np.stack([values - ends[:, 0], ends[:, 1] - values]), 0.0),
+            color=_SERIES[number % len(_SERIES)],
+            linestyle=_DASHES[number % len(_DASHES)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=4,
+            linewidth=1.4,
+            elinewidth=0.9,
+            label=_shortened(system),
+        )
+    axis.set_xticks(places, [_shortened(text) for text in labels])
+    axis.set_xlim(-0.4, len(labels) - 0.6)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel(axis_label)
+    axis.set_ylabel(label)
+    if len(systems) > 1:
+        _legend(axis)
+    return _svg(figure, name)
+
+
+def _figure(
+    rows: int, height: float, *, ratios: Sequence[float] = (), share_x: bool = True
+) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     keywords = {"height_ratios": ratios} if ratios else {}
-    axes = figure.subplots(rows, 1, sharex=True, squeeze=False, gridspec_kw=keywords)[:, 0]
+    axes = figure.subplots(rows, 1, sharex=share_x, squeeze=False, gridspec_kw=keywords)[:, 0]
     for axis in axes:
         axis.grid(True, color=_GRID, linewidth=0.6)
         axis.set_axisbelow(True)
@@ -214,6 +265,21 @@ def _figure(rows: int, height: float, *, ratios: Sequence[float] = ()) -> tuple[
             spine.set_visible(side in ("left", "bottom"))
             spine.set_edgecolor(_TEXT)
     return figure, axes
+
+
+def _percent_ticks(axis: Any, span: float) -> None:
+    """Label a log axis of probabilities as percent, at 1, 2 and 5 of each decade where few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 200 else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _shortened(text: str) -> str:
+    """Return a label that leaves room for the drawing."""
+    text = text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
+    return text.replace("$", r"\$")
 
 
 def _legend(axis: Any) -> None:

@@ -19,6 +19,7 @@ from genrec.errors import UserError
 
 NUM_BINS = 15
 Binning = Literal["equal_width", "equal_mass"]
+Interval = Literal["wilson", "clopper_pearson"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Bin:
         hits: how many were hits.
         predicted: mean probability.
         actual: hits / count.
-        ci: 95% Wilson interval of `actual`.
+        ci: 95% interval of `actual`, Wilson's unless asked otherwise.
     """
 
     low: float
@@ -60,12 +61,25 @@ def wilson_interval(hits: float, count: float, z: float = 1.959964) -> tuple[flo
     return max(0.0, float((centre - half) / scale)), min(1.0, float((centre + half) / scale))
 
 
+def clopper_pearson_interval(hits: float, count: float, level: float = 0.95) -> tuple[float, float]:
+    """Return the exact (never too narrow) interval of a share; (0, 1) with nothing to count."""
+    if count <= 0:
+        return 0.0, 1.0
+    from scipy.stats import beta
+
+    tail = (1 - level) / 2
+    low = 0.0 if hits <= 0 else float(beta.ppf(tail, hits, count - hits + 1))
+    high = 1.0 if hits >= count else float(beta.ppf(1 - tail, hits + 1, count - hits))
+    return low, high
+
+
 def reliability_bins(
     probabilities: np.ndarray,
     hits: np.ndarray,
     *,
     num_bins: int = NUM_BINS,
     binning: Binning = "equal_mass",
+    interval: Interval = "wilson",
 ) -> list[Bin]:
     """Return the non-empty bins of a reliability diagram, lowest probabilities first.
 
@@ -75,18 +89,22 @@ def reliability_bins(
         num_bins: at most this many; equal probabilities always share a bin, so constant
             probabilities give one.
         binning: "equal_width" over [0, 1], or "equal_mass" (about as many pairs in each).
+        interval: "wilson", or "clopper_pearson" (exact, wider).
 
     Raises:
         UserError: shapes that differ, no pairs, or values outside [0, 1].
     """
     p_M, hit_M = _checked(probabilities, hits)
     bin_M = _bin_of(p_M, num_bins, binning)
+    if interval not in ("wilson", "clopper_pearson"):
+        raise UserError(f"interval: got {interval!r}, expected 'wilson' or 'clopper_pearson'.")
+    around = wilson_interval if interval == "wilson" else clopper_pearson_interval
     bins = []
     for b in np.unique(bin_M):
         inside = bin_M == b
         count, total = int(inside.sum()), int(hit_M[inside].sum())
         p = p_M[inside]
-        ci = wilson_interval(total, count)
+        ci = around(total, count)
         bins.append(
             Bin(float(p.min()), float(p.max()), count, total, float(p.mean()), total / count, ci)
         )
@@ -116,6 +134,27 @@ def binary_nll(probabilities: np.ndarray, hits: np.ndarray, eps: float = 1e-12) 
     p_M, hit_M = _checked(probabilities, hits)
     p_M = np.clip(p_M, eps, 1 - eps)
     return float(-np.mean(np.where(hit_M, np.log(p_M), np.log1p(-p_M))))
+
+
+def list_nll(
+    probabilities_Uk: np.ndarray, target_rank_U: np.ndarray, eps: float = 1e-12
+) -> np.ndarray:
+    """Return -log of the probability that a list gave to what happened, (U,) nats.
+
+    What can happen is that one of the listed items is next, or none of them (1 minus their sum).
+    Unlike the NLL of pairs, every user counts once.
+
+    Args:
+        probabilities_Uk: (U, k), each row summing to at most 1; 0 = padding.
+        target_rank_U: (U,) place of the target, -1 = not in the list.
+        eps: probabilities are kept this far away from 0.
+    """
+    p_Uk, rank_U = checked_lists(probabilities_Uk, target_rank_U)
+    none_U = 1.0 - p_Uk.sum(axis=1)
+    if not p_Uk.shape[1]:
+        return -np.log(np.maximum(none_U, eps))
+    found_U = p_Uk[np.arange(len(p_Uk)), np.maximum(rank_U, 0)]
+    return -np.log(np.maximum(np.where(rank_U >= 0, found_U, none_U), eps))
 
 
 def expected_ece(
@@ -163,15 +202,19 @@ def reliability(probabilities_Uk: np.ndarray, target_rank_U: np.ndarray) -> dict
 
     Args:
         probabilities_Uk: (U, k) probability of each listed item; zeros are padding and no pairs.
-        target_rank_U: (U,) place of the target in the list, -1 = absent.
+        target_rank_U: (U,) place of the target in the list; -1 (or a place beyond it) = absent.
 
     Returns:
         JSON types: `ece`, `mce` (equal mass), `ece_equal_width`, `ece_bound` (see
-        `expected_ece`), `brier`, `nll` (binary, per pair), `base_rate`, `num_pairs`,
-        `predicted_hits`, `actual_hits`, `actual_hits_ci` (Wilson over users: a user has at most
-        one hit), `bins` and `bins_equal_width`.
+        `expected_ece`), `brier`, `nll` (binary, per pair), `nll_list` (per user, see `list_nll`),
+        `base_rate`, `num_pairs`, `predicted_hits`, `actual_hits`, `actual_hits_ci` (Wilson over
+        users: a user has at most one hit), `bins` and `bins_equal_width`.
+
+    Raises:
+        UserError: shapes that do not fit, no pairs, values that are no probabilities, or users
+            without a target.
     """
-    p_Uk = np.asarray(probabilities_Uk, dtype=np.float64)
+    p_Uk, target_rank_U = checked_lists(probabilities_Uk, target_rank_U)
     hits_Uk = hits_of(target_rank_U, p_Uk.shape[1])
     pairs = (p_Uk > 0) | hits_Uk
     p_M, hit_M = p_Uk[pairs], hits_Uk[pairs]
@@ -185,6 +228,7 @@ def reliability(probabilities_Uk: np.ndarray, target_rank_U: np.ndarray) -> dict
         "mce": mce(mass),
         "brier": brier(p_M, hit_M),
         "nll": binary_nll(p_M, hit_M),
+        "nll_list": float(list_nll(p_Uk, target_rank_U).mean()),
         "base_rate": num_hits / len(p_M),
         "num_pairs": len(p_M),
         "num_users": num_users,
@@ -209,11 +253,12 @@ def compare_reliability(
 
     Returns:
         flat `<metric>_before` and `<metric>_after` numbers for `ece`, `ece_equal_width`,
-        `ece_bound`, `mce`, `brier`, `nll`, `predicted_hits`; `base_rate`, `num_pairs`,
+        `ece_bound`, `mce`, `brier`, `nll`, `nll_list`, `predicted_hits`; `base_rate`, `num_pairs`,
         `num_users`, `actual_hits`, `actual_hits_ci`; and `before` / `after` with the bins.
     """
     before, after = reliability(before_Uk, target_rank_U), reliability(after_Uk, target_rank_U)
-    changing = ("ece", "ece_equal_width", "ece_bound", "mce", "brier", "nll", "predicted_hits")
+    changing = ("ece", "ece_equal_width", "ece_bound", "mce", "brier", "nll", "nll_list",
+                "predicted_hits")  # fmt: skip
     shared = ("base_rate", "num_pairs", "num_users", "actual_hits", "actual_hits_ci")
     result: dict[str, Any] = {}
     for name in changing:
@@ -222,6 +267,28 @@ def compare_reliability(
     for side, values in (("before", before), ("after", after)):
         result[side] = {key: values[key] for key in ("bins", "bins_equal_width")}
     return result
+
+
+def checked_lists(
+    probabilities_Uk: np.ndarray, target_rank_U: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (U, k) float64 and (U,) int64, places beyond the list as -1.
+
+    Raises:
+        UserError: shapes that do not fit, or users without a target (places below -1).
+    """
+    p_Uk, rank_U = np.asarray(probabilities_Uk, np.float64), np.asarray(target_rank_U)
+    if p_Uk.ndim != 2 or rank_U.shape != (len(p_Uk),):
+        raise UserError(
+            f"reliability: got probabilities {p_Uk.shape} and target ranks {rank_U.shape}, "
+            "expected (users, k) and (users,)."
+        )
+    if len(rank_U) and rank_U.min() < -1:
+        raise UserError(
+            f"reliability: got a target rank of {rank_U.min()}, expected -1 (not in the list) or a "
+            "place. Leave out users without a target: nothing can be said about them."
+        )
+    return p_Uk, np.where(rank_U < p_Uk.shape[1], rank_U, -1).astype(np.int64)
 
 
 def _bin_of(p_M: np.ndarray, num_bins: int, binning: Binning) -> np.ndarray:

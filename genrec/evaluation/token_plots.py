@@ -73,7 +73,7 @@ def item_map(
         points_P2: places on the map.
         first_codes_P: first code of each item; its hue goes round the circle by the golden angle,
             so that no two of the first codes look alike.
-        names: codes that are drawn larger, with the words of the legend.
+        names: codes that are drawn larger and with a shape each, with the words of the legend.
         name: prefix of ids inside the picture.
 
     Returns:
@@ -84,12 +84,13 @@ def item_map(
     if rest.any():
         colours = [code_colour(int(code)) for code in first_codes_P[rest]]
         axis.scatter(*points_P2[rest].T, s=7, c=colours, linewidths=0, alpha=0.8)
-    for code, text in names.items():
+    for number, (code, text) in enumerate(names.items()):
         chosen = first_codes_P == code
         if chosen.any():
             axis.scatter(
                 *points_P2[chosen].T,
                 s=34,
+                marker=plots._MARKERS[number % len(plots._MARKERS)],
                 color=code_colour(code),
                 edgecolors=plots._TEXT,
                 linewidths=0.8,

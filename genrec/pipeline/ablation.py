@@ -26,7 +26,9 @@ from genrec import runtime
 from genrec.artifacts import write_json_atomic, write_text_atomic
 from genrec.config import StrictConfig, apply_overrides, apply_settings, load_yaml, parse
 from genrec.errors import ConfigError, nearest
-from genrec.evaluation.comparison import Cell, compare, to_html, to_markdown
+from genrec.evaluation.comparison import compare
+from genrec.evaluation.comparison_tables import to_html, to_markdown
+from genrec.evaluation.runs import Cell
 from genrec.pipeline.config import RunConfig, check_run_config
 
 log = runtime.get_logger(__name__)

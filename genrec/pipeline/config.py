@@ -20,6 +20,7 @@ from genrec.data.prepare import PrepareConfig
 from genrec.errors import ConfigError, nearest
 from genrec.features import FEATURES
 from genrec.models import BACKBONES
+from genrec.models.baselines import COUNTING, make_baselines
 from genrec.pipeline.indexing import IndexConfig
 from genrec.tokenizers import TOKENIZERS
 from genrec.trainers import TRAINERS
@@ -45,8 +46,9 @@ class EvaluationConfig(StrictConfig):
     """Cut-offs of recall and NDCG."""
     masked: tuple[bool, ...] = (True, False)
     """Seen items left out of the ranking (true), kept in (false), or both."""
-    baselines: tuple[str, ...] = ("most_popular", "item_knn", "markov")
-    """Baselines in the same table."""
+    baselines: tuple[str | dict[str, Any], ...] = COUNTING
+    """Baselines in the same table: names, or names with settings, e.g.
+    [most_popular, {name: ease, regularization: 500}]."""
     bootstrap_samples: int = Field(default=2000, ge=100)
     """Resamples of users behind each interval."""
 
@@ -153,6 +155,8 @@ def check_run_config(data: Mapping[str, Any]) -> RunConfig:
                 registry, {"name": default, **_section(data, section)}, path=section
             )[1]
         )
+    if parts["evaluation"] is not None:
+        attempt(lambda: make_baselines(parts["evaluation"].baselines))
     if not problems and parts["decoding"].width < max(parts["evaluation"].ks):
         problems.append(
             f"decoding.width: got {parts['decoding'].width}, expected at least "

