@@ -29,7 +29,7 @@ demo: $(VENV)/.installed ## train on MovieLens-100K, compare with baselines, rec
 
 test: $(VENV)/.installed-dev ## run the test suite
 	@$(BIN)/genrec assets fetch || echo "Going on without it: tests on MovieLens-100K will be skipped."
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev ## lint, formatting, types
 	$(BIN)/ruff check .
