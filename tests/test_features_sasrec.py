@@ -21,7 +21,7 @@ from genrec.features.sasrec_network import (
     dropout,
     sampled_softmax,
 )
-from genrec.features.sasrec_training import Sequences, batches, validate, windows
+from genrec.features.sasrec_training import Sequences, _averaged, batches, validate, windows
 
 SMALL = SASRecConfig(d_model=16, num_layers=1, max_history=8, learning_rate=5e-3, epochs=20)
 BOTH_NORMS = pytest.mark.parametrize("pre_norm", [True, False])
@@ -99,6 +99,22 @@ def test_dropout_keeps_the_mean_drops_the_share_and_rests_at_inference():
     assert torch.equal(dropout(ones, 0.3, False), ones)
 
 
+def test_scores_with_a_temperature_are_cosines_divided_by_it():
+    net = network(temperature=0.1)
+    items = torch.randint(20, (2, 6))
+    with torch.no_grad():
+        hidden, weight = net(items), net.items.weight
+        cosine = torch.nn.functional.cosine_similarity(hidden[:, :, None], weight, dim=-1)
+        found = net.queries(hidden) @ net.item_outputs().T
+        assert torch.allclose(found, cosine / 0.1, atol=1e-4)
+        targets = torch.randint(20, (2, 6))
+        full = torch.nn.functional.cross_entropy(cosine.flatten(0, 1) / 0.1, targets.flatten())
+        assert torch.allclose(net.loss(items, targets, torch.Generator()), full, atol=1e-4)
+        plain = network()
+        assert torch.equal(plain.queries(hidden), hidden)
+        assert torch.equal(plain.item_outputs(), plain.items.weight)
+
+
 # -- batches ----------------------------------------------------------------------------------
 
 
@@ -136,6 +152,37 @@ def test_every_loss_learns_the_ring(loss):
     found = evaluate_scores(model.scores, data.examples("test"), ks=(1, 10), mask_seen=False)
     assert found["recall@1"].mean() == 1.0
     assert model.history[-1]["ndcg@10"] == 1.0
+
+
+def test_a_model_of_cosines_learns_the_ring_and_has_vectors_of_length_one():
+    data = ring(num_items=12, num_users=96, length=8).interactions
+    changes = {"temperature": 0.1, "dropout": 0.0, "batch_targets": 64, "epochs": 60}
+    config = SMALL.model_copy(update=changes)
+    model = SASRec(config).fit(data.training(), data.examples("valid"))
+    found = evaluate_scores(model.scores, data.examples("test"), ks=(1,), mask_seen=False)
+    assert found["recall@1"].mean() == 1.0
+    assert np.linalg.norm(model.item_vectors(), axis=1) == pytest.approx(np.ones(12), rel=1e-5)
+    scores = model.scores([np.array([3, 4])])
+    assert np.abs(scores).max() <= 10 + 1e-4
+
+
+def test_averaged_weights_follow_the_steps_and_are_the_ones_kept():
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    shown = _averaged(net, optimizer, 0.75)
+    seen = []
+    for _ in range(3):
+        net.items.weight.grad = torch.ones_like(net.items.weight)
+        optimizer.step()
+        seen.append(net.items.weight.detach().clone())
+    expected = 0.75 * (0.75 * seen[0] + 0.25 * seen[1]) + 0.25 * seen[2]
+    assert torch.allclose(shown.items.weight, expected, atol=1e-6)
+    data = ring(num_items=12, num_users=24, length=6).interactions
+    config = SMALL.model_copy(update={"epochs": 3, "batch_targets": 32, "average": 0.9})
+    model = SASRec(config).fit(data.training(), data.examples("valid"))
+    valid = data.examples("valid")
+    again = validate(model._network, valid.histories(), valid.target_rows)
+    assert again["ndcg@10"] == pytest.approx(max(line["ndcg@10"] for line in model.history))
 
 
 @BOTH_NORMS

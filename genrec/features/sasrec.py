@@ -47,6 +47,9 @@ class SASRecConfig(StrictConfig):
     num_negatives: int | None = Field(default=None, ge=1)
     """sampled_softmax: random items shared by a batch, default 512. bce: random items per target,
     default 1 (paper)."""
+    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """null: a score is the dot product of hidden state and item embedding (paper). A number: their
+    cosine divided by it (0.05 in the SASRec of Zhai et al. 2024, 2402.17152)."""
     epochs: int = Field(default=100, ge=1)
     """Most passes over the training sequences."""
     batch_targets: int = Field(default=1024, ge=1)
@@ -55,6 +58,9 @@ class SASRecConfig(StrictConfig):
     """AdamW's learning rate (paper: 1e-3 with Adam)."""
     weight_decay: float = Field(default=0.1, ge=0)
     """AdamW's weight decay."""
+    average: float = Field(default=0.0, ge=0, lt=1)
+    """Above 0: the weights that are validated and kept are an exponential moving average over the
+    steps with this decay, e.g. 0.998. 0: the weights themselves (paper)."""
     patience: int = Field(default=6, ge=1)
     """Stop after this many epochs without a better validation NDCG@10."""
     validation_users: int = Field(default=5000, ge=1)
@@ -137,8 +143,8 @@ class SASRec:
         return scores_BN
 
     def item_vectors(self) -> np.ndarray:
-        """Return the item embeddings (N, D) float32."""
-        vectors: np.ndarray = self._fitted().items.weight.detach().cpu().numpy().copy()
+        """Return the item embeddings (N, D) float32; of length 1 where scores are cosines."""
+        vectors: np.ndarray = self._fitted().item_outputs().detach().cpu().numpy().copy()
         return vectors
 
     def _fitted(self) -> Any:

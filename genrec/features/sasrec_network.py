@@ -90,6 +90,16 @@ class Network(nn.Module):
             x_BTD = block(x_BTD)
         return self.norm_out(x_BTD)
 
+    def item_outputs(self) -> Tensor:
+        """Return what hidden states are multiplied with: (N, D)."""
+        weight_ND = self.items.weight
+        return weight_ND if self.config.temperature is None else F.normalize(weight_ND, dim=-1)
+
+    def queries(self, hidden: Tensor) -> Tensor:
+        """Return hidden states (..., D) such that products with `item_outputs` are scores."""
+        temperature = self.config.temperature
+        return hidden if temperature is None else F.normalize(hidden, dim=-1) / temperature
+
     def loss(self, items_BT: Tensor, targets_BT: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean loss over the places whose target is not negative.
 
@@ -99,18 +109,19 @@ class Network(nn.Module):
             generator: draws negatives.
         """
         real_BT = targets_BT >= 0
-        hidden_PD, targets_P = self(items_BT)[real_BT], targets_BT[real_BT]
+        query_PD, targets_P = self.queries(self(items_BT)[real_BT]), targets_BT[real_BT]
+        items_ND = self.item_outputs()
         if self.config.loss == "softmax":
-            return F.cross_entropy(hidden_PD @ self.items.weight.T, targets_P)
+            return F.cross_entropy(query_PD @ items_ND.T, targets_P)
         if self.config.loss == "sampled_softmax":
             negatives_M = self._negatives(generator).to(targets_P.device)
-            return sampled_softmax(hidden_PD, self.items.weight, targets_P, negatives_M)
+            return sampled_softmax(query_PD, items_ND, targets_P, negatives_M)
         shape = (len(targets_P), self.config.negatives)
         draws = torch.randint(max(1, self.items.num_embeddings - 1), shape, generator=generator)
         negatives_PM = draws.to(targets_P.device)
         negatives_PM = negatives_PM + (negatives_PM >= targets_P[:, None])  # never the target
         negatives_PM = negatives_PM.clamp(max=self.items.num_embeddings - 1)
-        return binary_cross_entropy(hidden_PD, self.items.weight, targets_P, negatives_PM)
+        return binary_cross_entropy(query_PD, items_ND, targets_P, negatives_PM)
 
     def _negatives(self, generator: torch.Generator) -> Tensor:
         """Return M different items, every set equally likely."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from genrec.errors import TrainingError
 from genrec.features.sasrec_network import Network
@@ -122,6 +123,7 @@ def train(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    shown = _averaged(network, optimizer, config.average) if config.average else network
     rng = np.random.default_rng(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     flat = torch.from_numpy(sequences.flat).to(device)
@@ -139,16 +141,25 @@ def train(
             advance(1)
             if validation is None:
                 continue
-            history[-1].update(validate(network, *validation))
+            history[-1].update(validate(shown, *validation))
             if history[-1]["ndcg@10"] > best[0]:
-                best = (history[-1]["ndcg@10"], epoch, copy.deepcopy(network.state_dict()))
+                best = (history[-1]["ndcg@10"], epoch, copy.deepcopy(shown.state_dict()))
             elif epoch - best[1] >= config.patience:
                 break
+    network.load_state_dict(best[2] or shown.state_dict())
     if best[2]:
-        network.load_state_dict(best[2])
         log.info("sasrec: best of %d epochs: %d (NDCG@10 %.4f).", len(history), best[1], best[0])
     network.eval()
     return history
+
+
+def _averaged(network: Network, optimizer: torch.optim.Optimizer, decay: float) -> Network:
+    """Return a copy of the network that each step of the optimizer moves towards it."""
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    optimizer.register_step_post_hook(lambda *_: average.update_parameters(network))
+    shown = average.module
+    assert isinstance(shown, Network)
+    return shown
 
 
 def _epoch(
@@ -191,7 +202,7 @@ def score(network: Network, histories: Sequence[np.ndarray]) -> Iterator[Tensor]
         items_BT[np.arange(items_BT.shape[1]) < lengths[:, None]] = np.concatenate(recent)
         hidden_BTD = network(torch.from_numpy(items_BT).to(device))
         last_BD = hidden_BTD[torch.arange(len(recent)), torch.from_numpy(lengths - 1)]
-        yield last_BD @ network.items.weight.T
+        yield network.queries(last_BD) @ network.item_outputs().T
 
 
 def validate(
