@@ -120,7 +120,7 @@ def test_a_second_run_reuses_everything_and_gives_the_same(
     ("override", "stages"),
     [
         ("evaluation.ks=[1, 10]", {"baselines"}),
-        ("calibration=identity", {"calibrate"}),
+        ("calibration={name: temperature, max_temperature: 19.5}", {"calibrate"}),
         (
             "decoding.width=11",
             {
