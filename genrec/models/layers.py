@@ -70,12 +70,13 @@ def shared_prompt_attention(
     """
     keys_BhTd, values_BhTd = prompt
     num_requests, _, num_keys, width = keys_BhTd.shape
+    query_RXhd = query_RXhd * width**-0.5  # the smallest of the tensors that could be scaled
     query_BhWd = query_RXhd.unflatten(0, (num_requests, -1)).transpose(1, 2)
     scores_BhWT = query_BhWd @ keys_BhTd.transpose(2, 3)
-    scores_BhWT = scores_BhWT.masked_fill(~visible_BT[:, None, None], -torch.inf)
+    scores_BhWT = scores_BhWT.masked_fill_(~visible_BT[:, None, None], -torch.inf)
     scores_Rht = (own[0] @ query_RXhd.unsqueeze(-1)).squeeze(-1)
     scores_BhWt = scores_Rht.unflatten(0, (num_requests, -1)).transpose(1, 2)
-    scores = torch.cat([scores_BhWT, scores_BhWt], dim=-1) * width**-0.5
+    scores = torch.cat([scores_BhWT, scores_BhWt], dim=-1)
     weights = scores.float().softmax(-1).to(scores.dtype)
     from_prompt_BhWd = weights[..., :num_keys] @ values_BhTd
     weights_Rh1t = weights[..., num_keys:].transpose(1, 2).flatten(0, 1).unsqueeze(2)
@@ -103,12 +104,19 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output, (..., D) -> (..., D)."""
         inner = self.up(x)
+        # In place where nothing has to be kept for a gradient: half the memory traffic.
+        in_place = not inner.requires_grad
         if self.is_gated:
             gate, inner = inner.chunk(2, dim=-1)
-            swish = self.activation == "swiglu"
-            inner = (F.silu(gate) if swish else F.gelu(gate, approximate="tanh")) * inner
+            if self.activation == "swiglu":
+                gate = F.silu(gate, in_place)
+            else:
+                gate = F.gelu(gate, approximate="tanh")
+            inner = gate.mul_(inner) if in_place else gate * inner
+        elif self.activation == "relu":
+            inner = F.relu(inner, in_place)
         else:
-            inner = F.relu(inner) if self.activation == "relu" else F.gelu(inner)
+            inner = F.gelu(inner)
         return self.down(F.dropout(inner, self.dropout, self.training))
 
 
