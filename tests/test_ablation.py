@@ -65,6 +65,17 @@ def test_every_problem_is_named_before_anything_runs(tmp_path: Path) -> None:
     assert "reference: no cell 'bb'. Did you mean 'b'?" in text
 
 
+def test_ready_files_are_complete(root: Path) -> None:
+    """Every cell of every file is a run that would start, and the reference is one of them."""
+    paths = sorted((root / "configs" / "ablations").glob("*.yaml"))
+    assert len(paths) >= 8
+    for path in paths:
+        config = load_ablation(path)
+        cells = variations(config)
+        assert config.name == path.stem and len(cells) >= 3
+        assert f"configs/ablations/{path.name}" in path.read_text()
+
+
 def test_an_ablation_runs_is_kept_and_tells_its_failures(
     small_config: Path, small_cache: Path, small_run: Path, tmp_path: Path
 ) -> None:
