@@ -123,6 +123,8 @@ def prefill(
         prompt.append(keys_values)
     last = layers[-1]
     prompt.append(last.keys_values(x_BTD, cos[:length], sin[:length]))
+    # Heads side by side in memory once, else every product with them makes such a copy.
+    prompt = [(keys.contiguous(), values.contiguous()) for keys, values in prompt]
     x_BD = x_BTD.gather(1, (lengths_B - 1)[:, None, None].expand(-1, 1, x_BTD.shape[-1]))[:, 0]
     query_Bhd, _, _ = last.heads_of_rows(x_BD, cos[lengths_B - 1], sin[lengths_B - 1])
     none = query_Bhd.unsqueeze(2)[:, :, :0]
