@@ -28,6 +28,8 @@ def nothing(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("GENREC_ASSETS", str(tmp_path / "assets"))
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "path_importer_cache", {})
+    for asset in assets.ASSETS.values():  # other tests may have imported them
+        monkeypatch.delitem(sys.modules, asset.package, raising=False)
     return tmp_path / "assets"
 
 
