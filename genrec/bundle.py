@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from genrec import runtime
@@ -96,8 +97,19 @@ def load_model(path: str | Path, index: ItemIndex, *, base: str | None = None) -
         base = base or os.environ.get(BASE_ENVIRONMENT)
     runtime.seed_everything(0)
     model: Backbone = cls.for_saved(config, index, facts, base=base)
-    load_model_arrays(model, artifact.arrays)
+    load_model_arrays(model, _with_new_items(artifact, model, len(index)))
     return model.eval()
+
+
+def _with_new_items(artifact: Artifact, model: Backbone, num_items: int) -> dict[str, np.ndarray]:
+    """Return a model's arrays; after `genrec tokenize --add`, with zeros for the added items."""
+    arrays = dict(artifact.arrays)
+    if "trained_on_index" not in artifact.extra:
+        return arrays
+    for name in set(model.item_tables) & set(arrays):
+        added = num_items - len(arrays[name])
+        arrays[name] = np.pad(arrays[name], ((0, added), (0, 0)))  # an index grows at its end
+    return arrays
 
 
 def save_calibration(

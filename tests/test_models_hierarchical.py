@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from genrec.bundle import load_model, save_model
 from genrec.decoding import CSRIndex, beam_search, score_catalogue
-from genrec.errors import ConfigError
+from genrec.errors import ConfigError, MismatchError
 from genrec.item_index import ItemIndex
 from genrec.models.base import pad_histories
 from genrec.models.hierarchical import Hierarchical
 from genrec.models.item_groups import NO_ITEM, ItemGroups
+from genrec.pipeline.index_folder import _resign
 from genrec.testing import brute_force_logprobs, random_index
 from genrec.testing.decoding import random_titles
 from genrec.testing.models import (
@@ -117,6 +119,31 @@ def test_item_dropout_forgets_own_vectors_in_training_only():
         same = {float(model.loss(batch).loss) for _ in range(5)}
         assert len(same) == 1
         assert same.pop() == pytest.approx(float(without.loss(batch).loss), abs=1e-5)
+
+
+@torch.no_grad()
+def test_items_added_after_training_are_known_by_their_codes(tmp_path):
+    index = ItemIndex(CODES.item_ids[:30], CODES.codes[:30], CODES.codebook_sizes)
+    model = backbone(index, items_from=1)
+    save_model(tmp_path / "old", model, index)
+    grown = index.add(CODES.item_ids[30:], CODES.codes[30:])
+    _resign(tmp_path / "old", tmp_path / "new", grown.fingerprint)
+    loaded = load_model(tmp_path / "new", grown)
+    rows = torch.arange(len(grown))
+    assert torch.equal(loaded.item_vectors(rows)[:30], model.item_vectors(rows[:30]))
+    from_codes = loaded.embedding(loaded.tokens_NL[30:]).sum(1)
+    assert torch.equal(loaded.item_vectors(rows)[30:], from_codes)
+    batch = pad_histories(HISTORIES, MAX_HISTORY)
+    assert torch.equal(loaded.begin(batch)[0], model.begin(batch)[0])
+    mass_B = score_catalogue(loaded, batch, CSRIndex.from_index(grown)).exp().sum(1)
+    torch.testing.assert_close(mass_B, torch.ones(len(batch)), atol=1e-4, rtol=0)
+
+
+def test_a_model_of_another_catalogue_is_not_padded(tmp_path):
+    index = ItemIndex(CODES.item_ids[:30], CODES.codes[:30], CODES.codebook_sizes)
+    save_model(tmp_path / "m", backbone(index, items_from=1), index)
+    with pytest.raises(MismatchError):
+        load_model(tmp_path / "m", CODES)
 
 
 def test_a_table_and_single_vectors_are_the_same():

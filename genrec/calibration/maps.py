@@ -12,6 +12,7 @@ Shapes: U users, k list length, M (user, listed item) pairs, F inputs of a logis
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, ClassVar, Literal, Self
@@ -97,11 +98,11 @@ class ItemwiseCalibrator(Calibrator):
         """Return (M, F) inputs of the listed items, in the order of the flattened mask."""
         return np.minimum(logprobs_Uk[np.isfinite(logprobs_Uk)], 0.0)[:, None]
 
-    def _learn(self, inputs_MF: np.ndarray, hit_M: np.ndarray) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _learn(self, inputs_MF: np.ndarray, hit_M: np.ndarray) -> None: ...
 
-    def _map(self, inputs_MF: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def _map(self, inputs_MF: np.ndarray) -> np.ndarray: ...
 
 
 class LogisticCalibrator(ItemwiseCalibrator):
@@ -113,14 +114,14 @@ class LogisticCalibrator(ItemwiseCalibrator):
         self.intercept = 0.0
 
     @property
+    @abstractmethod
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def signs(self) -> tuple[int, ...]:
         """+1: the weight may not be negative, -1: not positive, 0: free."""
-        raise NotImplementedError
 
     def _learn(self, inputs_MF: np.ndarray, hit_M: np.ndarray) -> None:
         weights_F, self.intercept = signed_logistic(inputs_MF, hit_M, self.signs)

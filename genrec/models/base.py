@@ -146,6 +146,8 @@ class Backbone(nn.Module, ABC):
             return {}
 
     config: Config
+    item_tables: ClassVar[tuple[str, ...]] = ()
+    """Weights with a row per item. Items that came after training have rows of zeros."""
     training_unit: ClassVar[Literal["target", "sequence"]]
     """"target": `loss` predicts `target_B` from the history. "sequence": `history_BH` is a whole
     sequence and every item in it is a target (`target_B` is ignored)."""

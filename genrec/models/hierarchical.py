@@ -103,6 +103,7 @@ class Hierarchical(ScratchBackbone):
 
     config: Config
     training_unit: ClassVar[Literal["target", "sequence"]] = "sequence"
+    item_tables: ClassVar[tuple[str, ...]] = ("own.weight",)
     own: nn.Embedding
     groups: ItemGroups
     cos: Tensor
