@@ -122,8 +122,8 @@ def search_job(num_users: int) -> dict[str, Any]:
     """Search for every user and write the per-user values, as a run does."""
     from genrec.bundle import build_model, save_model
     from genrec.item_index import ItemIndex
-    from genrec.pipeline import stages
-    from genrec.pipeline.run import make_accelerator
+    from genrec.pipeline import listing
+    from genrec.pipeline.processes import make_accelerator
 
     common.one_thread()
     rng = np.random.default_rng(0)
@@ -145,7 +145,7 @@ def search_job(num_users: int) -> dict[str, Any]:
         model = save_model(folder / "model", build_model(MODEL, index, seed=0), index)
         before, begun = peak_mb(), time.perf_counter()
         cpu = time.process_time()
-        stages.make_lists(
+        listing.make_lists(
             folder / "lists",
             dataset,
             index,
@@ -158,7 +158,7 @@ def search_job(num_users: int) -> dict[str, Any]:
             accelerator=make_accelerator(device="cpu"),
         )
         lists = load_artifact(folder / "lists", kind="lists")
-        values = stages.list_values(lists, (5, 10))
+        values = listing.list_values(lists, (5, 10))
         pl.DataFrame(values).write_parquet(folder / "per_user.parquet")
         size = (folder / "per_user.parquet").stat().st_size / 1e6
     return {

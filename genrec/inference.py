@@ -8,6 +8,7 @@ Shapes: B histories, k list length, N items.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,7 @@ def search(
     scoring: Scoring = "renormalized",
     batch_size: int = 64,
     description: str | None = None,
+    on_batch: Callable[[int, float], None] | None = None,
 ) -> RankedLists:
     """Return the best k items of every history.
 
@@ -88,6 +90,7 @@ def search(
         scoring: what a log-probability is among (see `beam_search`).
         batch_size: histories searched together; does not change results.
         description: text of a progress bar, or None for none.
+        on_batch: called after each batch with its requests and the seconds that they took.
     """
     total = len(histories)
     rows = np.full((total, k), -1, dtype=np.int64)
@@ -102,6 +105,7 @@ def search(
     advance: Callable[[int], None]
     with runtime.progress(description or "", total if description else 0) as advance:
         for start in range(0, total, batch_size):
+            begun = time.perf_counter()
             chosen = order[start : start + batch_size]
             batch = pad_histories([histories[i] for i in chosen], model.config.max_history)
             filters = _filters(exclude, allow, chosen)
@@ -122,6 +126,8 @@ def search(
             proven[chosen] = beams.num_proven_B.cpu().numpy()
             if added is not None and beams.boosts_Bk is not None:
                 added[chosen] = beams.boosts_Bk.double().cpu().numpy()
+            if on_batch is not None:  # the results are on the host: nothing is still running
+                on_batch(len(chosen), time.perf_counter() - begun)
             advance(len(chosen))
     model.train(training)
     open_N = _open_rows(constraint)
@@ -136,8 +142,6 @@ def level_logprobs(
     histories: Sequence[np.ndarray],
     rows: np.ndarray,
     *,
-    exclude: Sequence[np.ndarray] | None = None,
-    allow: Sequence[np.ndarray] | None = None,
     scoring: Scoring = "renormalized",
     batch_size: int = 64,
     description: str | None = None,
@@ -149,9 +153,7 @@ def level_logprobs(
         constraint: as for `search`.
         histories: B arrays of item rows, oldest first.
         rows: (B, k) what `search` listed, -1 where padded.
-        exclude: as for that search, so that the parts add up to its log-probabilities.
-        allow: as for that search.
-        scoring: as for that search.
+        scoring: as for that search, so that the parts add up to its log-probabilities.
         batch_size: histories scored together.
         description: text of a progress bar, or None for none.
 
@@ -173,7 +175,6 @@ def level_logprobs(
                 batch.to(model.device),
                 constraint,
                 torch.from_numpy(rows[chosen]).to(model.device),
-                filters=_filters(exclude, allow, chosen),
                 scoring=scoring,
             )
             found[chosen] = levels.double().cpu().numpy()

@@ -198,7 +198,7 @@ class Recommender:
             boosts=self._boosts(boosts),
             scoring=self.scoring,
         )
-        probabilities = self._probabilities(lists, rows, denied, allowed, rule, exclude_seen)
+        probabilities = self._probabilities(lists, rows, allowed, rule, exclude_seen)
         if list_rules:
             answer = self._selected(lists, probabilities, k, list_rules)
         elif rerank is not None:
@@ -385,7 +385,6 @@ class Recommender:
         self,
         lists: RankedLists,
         histories: Sequence[np.ndarray],
-        denied: Sequence[np.ndarray],
         allowed: Sequence[np.ndarray] | None,
         rule: str | np.ndarray | None,
         exclude_seen: bool,
@@ -406,8 +405,6 @@ class Recommender:
                 self._view(rule),
                 histories,
                 lists.rows,
-                exclude=denied,
-                allow=allowed,
                 scoring=self.scoring,
             )
         lengths = np.array([len(history) for history in histories], dtype=np.int64)

@@ -13,9 +13,15 @@ import yaml
 
 from genrec.errors import ConfigError, MismatchError
 from genrec.evaluation.comparison import compare
-from genrec.evaluation.comparison_tables import to_html, to_markdown
+from genrec.evaluation.comparison_page import to_html
+from genrec.evaluation.comparison_tables import to_markdown
 from genrec.evaluation.runs import Cell
-from genrec.pipeline.ablation import load_ablation, run_ablation, variations
+from genrec.pipeline.ablation import (
+    compare_in_groups,
+    load_ablation,
+    run_ablation,
+    variations,
+)
 
 RUN: dict[str, Any] = {"data": {"dataset": "somewhere"}, "seeds": [1]}
 
@@ -68,7 +74,8 @@ def test_every_problem_is_named_before_anything_runs(tmp_path: Path) -> None:
 def test_ready_files_are_complete(root: Path) -> None:
     """Every cell of every file is a run that would start, and the reference is one of them."""
     paths = sorted((root / "configs" / "ablations").glob("*.yaml"))
-    assert len(paths) >= 8
+    axes = ("tokenizer", "levels", "collisions", "backbone", "tuning", "decoding", "history", "tie")
+    assert all(any(path.name.startswith(axis) for path in paths) for axis in axes)
     for path in paths:
         config = load_ablation(path)
         cells = variations(config)
@@ -150,3 +157,24 @@ def test_other_data_or_protocol_cannot_be_compared() -> None:
         compare([cell("a", base), cell("b", base, dataset="e")])
     with pytest.raises(MismatchError, match="ties is file, not hash"):
         compare([cell("a", base), cell("b", base, ties="file")])
+
+
+def test_two_tie_breaks_are_two_tables_and_no_test_pairs_them() -> None:
+    cells = [
+        cell("hashed", draw(0.2, 1)),
+        cell("by file", draw(0.3, 2), dataset="e", ties="file"),
+        cell("hashed, better", draw(0.4, 3)),
+        cell("by file, better", draw(0.5, 4), dataset="e", ties="file"),
+    ]
+    found = compare_in_groups(cells, "hashed, better")
+    assert [c["name"] for c in found["cells"]] == ["hashed", "hashed, better"]
+    assert found["reference"] == "hashed, better"
+    (other,) = found["others"]
+    assert (other["what"], other["reference"]) == ("ties file", "by file")
+    assert [c["name"] for c in other["cells"]] == ["by file", "by file, better"]
+    named = {"name": "t", **found, "failed": {}}
+    text = to_markdown(named)
+    assert "# t: ties file" in text and "compare them with each other" in text
+    page = to_html(named, [])
+    assert page.count("by file, better") >= 1 and "other-1-results-kept" in page
+    assert compare_in_groups(cells[::2], None)["others"] == []

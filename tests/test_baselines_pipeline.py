@@ -15,7 +15,7 @@ from genrec.errors import UserError
 from genrec.evaluation.evaluator import evaluate_scores
 from genrec.evaluation.runs import read_cell
 from genrec.models.baselines import make_baselines
-from genrec.pipeline import stages
+from genrec.pipeline import baseline_lists
 from genrec.pipeline.audit import audit
 from genrec.pipeline.config import load_run_config
 from genrec.pipeline.run import Run
@@ -87,5 +87,5 @@ def test_a_run_without_any_vectors_says_what_content_knn_needs(tmp_path: Path) -
     dataset = ring(num_items=12, num_users=24, length=6)
     dataset = replace(dataset, catalog=Catalog(dataset.catalog.table))
     with pytest.raises(UserError, match="content_knn: needs item vectors"):
-        stages.baselines(tmp_path / "out", dataset, ["content_knn"], (10,), (True,))
+        baseline_lists.baselines(tmp_path / "out", dataset, ["content_knn"], (10,), (True,))
     assert not (tmp_path / "out").exists()

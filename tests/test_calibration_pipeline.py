@@ -22,10 +22,10 @@ from genrec.data import Dataset
 from genrec.errors import DataError, MismatchError, UserError
 from genrec.inference import RankedLists
 from genrec.item_index import ItemIndex
-from genrec.pipeline import calibrating
-from genrec.pipeline.calibrating import Scored
+from genrec.pipeline import calibrating, calibration_figures, scored_lists
 from genrec.pipeline.config import load_run_config
 from genrec.pipeline.run import Run
+from genrec.pipeline.scored_lists import Scored
 
 
 def simulated(temperature_U: np.ndarray, seed: int = 0, k: int = 10, items: int = 60) -> Scored:
@@ -52,7 +52,7 @@ def simulated(temperature_U: np.ndarray, seed: int = 0, k: int = 10, items: int 
 
 def test_a_calibrator_holds_in_the_next_period_only_if_nothing_changed():
     steady = simulated(np.full(6000, 1.8))
-    halves = calibrating.equal_periods(steady.time_U, 2)
+    halves = scored_lists.equal_periods(steady.time_U, 2)
     (line,) = calibrating.over_periods(TemperatureCalibrator, steady, halves)
     assert line["ece"] <= line["ece_bound"]
     assert line["actual_hits_ci"][0] <= line["predicted_hits"] <= line["actual_hits_ci"][1]
@@ -112,14 +112,14 @@ def test_recent_users_are_chosen_by_time_and_ties_stay_together():
 
 
 def test_periods_are_days_and_ties_share_one():
-    assert calibrating.period(np.array([86400, 3 * 86400, 10 * 86400])) == {
+    assert scored_lists.period(np.array([86400, 3 * 86400, 10 * 86400])) == {
         "first": "1970-01-02",
         "median": "1970-01-04",
         "last": "1970-01-11",
     }
-    assert calibrating.period(np.zeros(3)) is None and calibrating.period(np.empty(0)) is None
-    assert calibrating.equal_periods(np.array([1, 2, 3, 4]), 2).tolist() == [0, 0, 1, 1]
-    assert len(set(calibrating.equal_periods(np.array([7, 7, 7, 8]), 4))) <= 2
+    assert scored_lists.period(np.zeros(3)) is None and scored_lists.period(np.empty(0)) is None
+    assert scored_lists.equal_periods(np.array([1, 2, 3, 4]), 2).tolist() == [0, 0, 1, 1]
+    assert len(set(scored_lists.equal_periods(np.array([7, 7, 7, 8]), 4))) <= 2
     with pytest.raises(UserError, match="got 1 with users, expected at least 2"):
         calibrating.over_periods(TemperatureCalibrator, simulated(np.ones(9)), np.zeros(9, int))
 
@@ -193,7 +193,7 @@ def test_levels_add_up_to_the_scores_of_masked_lists_too(parts, tmp_path, masked
     summed = levels.arrays["levels"].sum(2)
     np.testing.assert_allclose(summed[real], found.arrays["logprobs"][real], atol=1e-4)
     with pytest.raises(MismatchError):
-        calibrating.read_scored(lists["valid", masked], dataset, levels)
+        scored_lists.read_scored(lists["valid", masked], dataset, levels)
 
 
 @pytest.mark.parametrize("name", list(CALIBRATORS))
@@ -212,7 +212,7 @@ def test_every_calibrator_runs_is_saved_measured_and_answers(
     levels = run.levels(dataset, index, model, test, 1)
     assert set(levels) == (set(test) if name == "level_temperature" else set())
     for mode, found in test.items():
-        measured = calibrating.measure_calibration(
+        measured = calibration_figures.measure_calibration(
             calibration, mode, found, dataset, levels.get(mode)
         )
         assert measured["name"] == name and measured["fitted"]["split"] == "valid"
@@ -243,7 +243,7 @@ def test_every_calibrator_runs_is_saved_measured_and_answers(
     users = [0, 5, 100]
     histories = [[ids[row] for row in examples.history(u)] for u in users]
     answer = recommender.recommend(histories, k=5)
-    scored = calibrating.read_scored(test["masked"], dataset, levels.get("masked"))
+    scored = scored_lists.read_scored(test["masked"], dataset, levels.get("masked"))
     calibrator = load_calibration(calibration.path)[0]["masked"]
     expected = scored.probabilities(calibrator, np.array(users), 5)
     np.testing.assert_allclose(answer.probabilities, expected, atol=2e-4)
@@ -274,7 +274,9 @@ def test_measuring_on_the_fitted_split_is_refused(run: Run, parts):
     valid = {"masked": lists["valid", True], "unmasked": lists["valid", False]}
     calibration = run.calibrate(dataset, index, model, valid, 1)
     with pytest.raises(MismatchError, match="fitted on the valid split") as error:
-        calibrating.measure_calibration(calibration, "masked", lists["valid", True], dataset)
+        calibration_figures.measure_calibration(
+            calibration, "masked", lists["valid", True], dataset
+        )
     assert lists["valid", True].fingerprint in str(error.value)
 
 
@@ -283,7 +285,7 @@ def test_times_and_lengths_are_those_of_the_examples(parts):
     interactions = dataset.interactions
     for split in ("valid", "test"):
         examples = interactions.examples(split)
-        times, lengths = calibrating.target_times(interactions, split)
+        times, lengths = scored_lists.target_times(interactions, split)
         assert lengths[examples.user_rows].tolist() == examples.lengths.tolist()
         for example in (0, 7):
             place = interactions.offsets[examples.user_rows[example]] + examples.lengths[example]

@@ -139,6 +139,7 @@ def test_recommend_prints_titles_and_probabilities(
     )
     assert status == 0 and out.count("Ring item") >= 4 and "%" in out
     assert "nope" in err and "Traceback" not in err
+    assert out.count("Expected hits in this list") == out.count("Preference strength") == 2
     status, out, _ = call(
         capsys,
         "recommend",
@@ -154,6 +155,13 @@ def test_recommend_prints_titles_and_probabilities(
         "--json",
     )
     assert [item["item_id"] for item in json.loads(out)[0]["items"]] == ["8"]
+    status, out, _ = call(
+        capsys, "recommend", bundle, "--history", "5", "--history", "9,10", "--json", "-k", 3
+    )
+    for user in json.loads(out):
+        listed = sum(item["probability"] for item in user["items"])
+        assert user["expected_hits"] == pytest.approx(listed)
+        assert 0 <= user["preference_strength"] <= 1
     asked = ("recommend", bundle, "--history", "5", "-k", 3, "--json", "--rule")
     status, out, _ = call(capsys, *asked, "item_id = '8' or item_id = '9'")
     assert {item["item_id"] for item in json.loads(out)[0]["items"]} == {"8", "9"}
@@ -174,6 +182,10 @@ def test_baselines_and_doctor(capsys: pytest.CaptureFixture[str], ring_dataset: 
     rows = json.loads(out)["rows"] if status == 0 else []
     markov = [r for r in rows if r["name"] == "markov" and not r["masked"]]
     assert markov[0]["recall@10"] == 1.0  # the ring is a Markov chain
+    likeness = json.loads(out)["beyond_accuracy"]["masked"]
+    assert likeness["markov"]["coverage"] > likeness["most_popular"]["coverage"] > 0
+    status, out, _ = call(capsys, "baselines", ring_dataset)
+    assert status == 0 and "long tail" in out
     status, out, _ = call(capsys, "doctor", ring_dataset, "--json")
     assert status == 0 and isinstance(json.loads(out), dict | list)
 

@@ -19,9 +19,9 @@ from genrec.evaluation import plots
 from genrec.evaluation.metrics import list_metrics
 from genrec.item_index import ItemIndex
 from genrec.pipeline.finished import FinishedRun
+from genrec.pipeline.listing import read_lists
 from genrec.pipeline.reporting import popularity_groups, write_runs_report
 from genrec.pipeline.sample_lists import shared_prefix
-from genrec.pipeline.stages import read_lists
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:

@@ -146,6 +146,22 @@ def test_other_data_protocol_or_users_are_refused(
     assert (status, out) == (2, "") and message in err and "Traceback" not in err
 
 
+def test_settings_of_a_model_may_differ_and_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = write(tmp_path / "one", {"genrec": draw(0.2, 1)}, beam_width=50, scoring="level")
+    two = write(tmp_path / "two", {"genrec": draw(0.2, 2)}, beam_width=10, scoring="raw")
+    status, out, _ = call(capsys, "compare", one, two, "--json")
+    assert status == 0
+    searches = [cell["search"] for cell in json.loads(out)["cells"]]
+    assert searches == [
+        {"beam_width": 50, "scoring": "level"},
+        {"beam_width": 10, "scoring": "raw"},
+    ]
+    status, out, _ = call(capsys, "compare", one, two)
+    assert status == 0 and "level" in out and "raw" in out
+
+
 def test_seeds_are_averaged_but_cells_of_an_ablation_share_them(tmp_path: Path) -> None:
     one = read_cell(write(tmp_path / "one", {"genrec": draw(0.2, 1)}))
     two = read_cell(write(tmp_path / "two", {"genrec": draw(0.2, 2, seeds=3)}))
@@ -208,6 +224,17 @@ def test_a_real_run_against_its_baseline_and_what_it_says_of_itself(
     own = found["cells"][1]["rows"][0]
     row = next(r for r in results["rows"] if r["name"] == "genrec")
     assert own["detectable"] == row["detectable"] and own[METRIC] == row[METRIC]
+    assert found["cells"][0]["search"] == {}  # a baseline is not searched
+    settings = {"max_history": 6, "beam_width": 12, "scoring": "renormalized"}
+    assert found["cells"][1]["search"] == settings
+    assert own["likeness"] == results["beyond_accuracy"]["masked"]["genrec"]
+    of_baseline = found["cells"][0]["rows"][0]["likeness"]
+    assert of_baseline == results["beyond_accuracy"]["masked"]["markov"]
+    assert 0 < of_baseline["coverage"] <= 1 and "certified" not in of_baseline
+    shown = found["baselines"][0]
+    assert shown["likeness"]["coverage"] > 0
+    status, out, _ = call(capsys, "compare", f"{small_run}:markov", small_run)
+    assert status == 0 and "renormalized" in out and "coverage" in out and "p95, ms" in out
     assert {"p_permutation", "detectable"} <= set(row["vs_most_popular"][METRIC])
     beyond = results["beyond_accuracy"]
     assert beyond["k"] == 10 and set(beyond["masked"]["genrec"]) >= {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import zipfile
@@ -19,6 +20,7 @@ from genrec.data import SOURCES, formats, reading
 from genrec.data.events import read_events
 from genrec.data.prepare import PrepareConfig, make_source, prepare
 from genrec.data.source import items_table
+from genrec.errors import ConfigError
 
 ALL = PrepareConfig(min_user_interactions=1, min_item_interactions=1)
 
@@ -419,6 +421,37 @@ def test_sequences_keep_the_files_order_and_say_what_is_wrong_with_timestamps(tm
     }
     assert dataset.catalog.titles == ["four", None, None]
     assert dataset.catalog.table["categories"].to_list() == [["a", "b"], None, None]
+
+
+def test_sequences_ordered_by_their_times_with_hashed_ties(tmp_path):
+    times = [{"user": 1, "ts": [30, 10, 10]}, {"user": 3, "ts": [9, 9, 9]}]
+    folder = sequences_folder(tmp_path, times)
+    source = {"name": "sequences", "path": str(folder)}
+    dataset = prepare(source, ALL.model_copy(update={"ties": "hash"}))
+
+    def hashed(user: int, *items: int) -> list[str]:
+        return [
+            str(item)
+            for item in sorted(
+                items, key=lambda item: hashlib.md5(f"{user}|{item}".encode()).hexdigest()
+            )
+        ]
+
+    expected = [[*hashed(1, 4, 5), "30"], ["4", "30"], hashed(3, 5, 4, 30)]
+    interactions, ids = dataset.interactions, dataset.catalog.item_ids
+    assert [[ids[row] for row in interactions.user(u)] for u in range(3)] == expected
+    assert interactions.timestamps.tolist() == [10, 10, 30, 0, 0, 9, 9, 9]
+    test = interactions.examples("test")
+    assert [ids[row] for row in test.target_rows] == ["30", hashed(3, 5, 4, 30)[-1]]
+    assert (dataset.info["ties"], dataset.info["order"]) == ("hash", "time")
+    assert dataset.info["counts"]["users_in_file_order"] == 1
+    assert dataset.info["source_facts"]["users_without_timestamps"] == 1
+    by_file = prepare(source, ALL)
+    assert by_file.fingerprint != dataset.fingerprint
+    assert "users_in_file_order" not in by_file.info["counts"]
+    (folder / "timestamps.jsonl").unlink()
+    with pytest.raises(ConfigError, match="or leave it out; or give timestamps"):
+        prepare(source, ALL.model_copy(update={"ties": "hash"}))
 
 
 def test_sequences_without_any_other_file(tmp_path):

@@ -116,18 +116,56 @@ def test_exhaustive_beam_is_brute_force_on_all_items():
     assert beams.certified_B.all()
 
 
-def test_filtered_search_equals_search_on_the_catalogue_without_those_items():
-    index, constraint, model = world()
+@pytest.mark.parametrize("scoring", ["level", "raw"])
+def test_filtered_search_equals_search_on_the_catalogue_without_those_items(scoring):
+    index, constraint, model = world(num_others=2)
     kept = np.setdiff1d(np.arange(len(index)), [0, 3, 4, 5, 11, 39])
     smaller = ItemIndex(tuple(index.item_ids[r] for r in kept), index.codes[kept], SIZES)
-    batch = torch.arange(4)
-    expected = beam_search(model, batch, CSRIndex.from_index(smaller), width=8, k=8)
+    batch, options = torch.arange(4), dict(width=8, k=8, scoring=scoring)
+    expected = beam_search(model, batch, CSRIndex.from_index(smaller), **options)
     denied = [np.array([39, 0, 3, 4, 5, 11, 11, -1])] * 4
     for filters in (Filters(exclude=denied), Filters(allow=[kept] * 4)):
-        got = beam_search(model, batch, constraint, width=8, k=8, filters=filters)
+        got = beam_search(model, batch, constraint, filters=filters, **options)
         assert got.rows_Bk.tolist() == kept[expected.rows_Bk.numpy()].tolist()
         assert torch.allclose(got.logprobs_Bk, expected.logprobs_Bk, atol=1e-5)
         assert got.certified_B.tolist() == expected.certified_B.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.data())
+def test_a_filtered_list_is_the_unfiltered_ranking_without_the_filtered_items(problem, data):
+    """With the same scores, whatever is left below a prefix, and for views of the index too."""
+    index, model, _, _, filters, scoring, static = problem
+    count, batch, constraint = len(index), torch.arange(3), CSRIndex.from_index(index)
+    everything = dict(width=max(constraint.num_nodes), k=count, scoring=scoring)
+    ranking = beam_search(model, batch, constraint, **everything)
+    rule_N = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+    view = constraint.restricted(rule_N)
+    for index_used, allowed_N in ((constraint, np.ones(count, bool)), (view, rule_N)):
+        got = beam_search(
+            model, batch, index_used, filters=filters, static_shapes=static, **everything
+        )
+        left_BN = allowed_mask(filters, 3, count) & allowed_N
+        for b in range(3):
+            kept = torch.from_numpy(left_BN[b])[ranking.rows_Bk[b]]
+            length = int(kept.sum())
+            assert got.rows_Bk[b].tolist() == [
+                *ranking.rows_Bk[b, kept].tolist(),
+                *[-1] * (count - length),
+            ]
+            assert torch.equal(got.logprobs_Bk[b, :length], ranking.logprobs_Bk[b, kept])
+
+
+def test_items_of_a_cluster_gain_nothing_when_their_neighbours_are_filtered():
+    codes = np.array([[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]])
+    constraint, model = CSRIndex.from_codes(codes, (2, 3)), TableModel((2, 3), seed=1)
+    plain = score_catalogue(model, torch.arange(6), constraint)
+    filters = Filters(exclude=[[0, 1]] * 6)
+    got = beam_search(model, torch.arange(6), constraint, width=5, k=3, filters=filters)
+    assert torch.allclose(got.logprobs_Bk, plain.gather(1, got.rows_Bk), atol=1e-6)
+    assert got.rows_Bk.tolist() == [
+        [row for row in rank(scores, 5).tolist() if row > 1] for scores in plain.numpy()
+    ]
 
 
 def test_rules_that_leave_nothing_give_an_empty_list_and_leave_the_others_alone():

@@ -20,8 +20,10 @@ from genrec.errors import UserError
 from genrec.models.base import FIRST_TOKEN, PAD, START, Batch, pad_histories
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
+from genrec.models.hierarchical import Hierarchical
 from genrec.testing import StepModelContract, brute_force_logprobs, random_index, rank
-from genrec.testing.decoding import random_titles
+from genrec.testing.decoding import allowed_mask, random_titles
+from genrec.testing.models import recomputed_nll
 
 SIZES = (5, 6, 4)
 SMALL = dict(max_history=6, d_model=16, num_layers=2, num_heads=2, d_ff=32)
@@ -29,6 +31,15 @@ INDEX = random_index(50, SIZES, seed=2)
 TITLES = random_titles(50, num_words=6, num_levels=3, seed=2)
 FORMS = pytest.mark.parametrize("index", [INDEX, TITLES], ids=["codes", "titles"])
 BOTH = pytest.mark.parametrize("cls", [EncoderDecoder, DecoderOnly])
+KINDS = {
+    "encoder_decoder": (EncoderDecoder, {}),
+    "decoder_only": (DecoderOnly, {}),
+    "hierarchical": (Hierarchical, {}),
+    "hierarchical, all items": (Hierarchical, {"items_from": 0}),
+    "hierarchical, items of a code": (Hierarchical, {"items_from": 1}),
+}
+EVERY = pytest.mark.parametrize("kind", KINDS)
+SPREAD = {EncoderDecoder: 1.5, DecoderOnly: 4.0, Hierarchical: 4.0}
 HISTORIES = [[1, 2, 3, 4], [], [7], [9, 8, 30, 31, 32, 33]]
 
 
@@ -38,8 +49,13 @@ def backbone(cls, index=INDEX, **options):
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:  # spread the scores
-                weight *= 4.0 if cls is DecoderOnly else 1.5
+                weight *= SPREAD[cls]
     return model.eval()
+
+
+def of_kind(kind, index=INDEX):
+    cls, options = KINDS[kind]
+    return backbone(cls, index, **options)
 
 
 class TestEncoderDecoder(StepModelContract):
@@ -56,11 +72,11 @@ class TestDecoderOnly(StepModelContract):
         return model, batch, first, SIZES
 
 
-@BOTH
+@EVERY
 @FORMS
 @pytest.mark.parametrize("scoring", ["renormalized", "level", "raw"])
-def test_exhaustive_beam_and_scores_equal_brute_force(cls, index, scoring):
-    model, constraint = backbone(cls, index), CSRIndex.from_index(index)
+def test_exhaustive_beam_and_scores_equal_brute_force(kind, index, scoring):
+    model, constraint = of_kind(kind, index), CSRIndex.from_index(index)
     batch = pad_histories(HISTORIES, 6)
     truth_BN = brute_force_logprobs(
         model, batch, index.codes, scoring=scoring, shared_vocabulary=index.shared_vocabulary
@@ -73,12 +89,31 @@ def test_exhaustive_beam_and_scores_equal_brute_force(cls, index, scoring):
     for b in range(len(HISTORIES)):
         assert beams.rows_Bk[b].tolist() == rank(truth_BN[b], 50).tolist()
         assert np.allclose(beams.logprobs_Bk[b], np.sort(truth_BN[b])[::-1], atol=1e-4)
+    filters = Filters(exclude=[[1, 2, 3, 4], None, np.arange(25), []], allow=[None, [5, 6]] * 2)
+    left_BN = allowed_mask(filters, len(HISTORIES), len(index))
+    found = beam_search(model, batch, constraint, width=50, k=50, filters=filters, scoring=scoring)
+    for b, rows in enumerate(found.rows_Bk.tolist()):
+        expected = [row for row in rank(truth_BN[b], 50).tolist() if left_BN[b, row]]
+        assert rows == [*expected, *[-1] * (50 - len(expected))]
+        assert np.allclose(found.logprobs_Bk[b, : len(expected)], truth_BN[b, expected], atol=1e-4)
 
 
-@BOTH
+@EVERY
 @FORMS
-def test_fast_equals_reference_on_networks(cls, index):
-    model, batch = backbone(cls, index), pad_histories(HISTORIES, 6)
+@torch.no_grad()
+def test_scores_equal_the_loss_which_caches_nothing(kind, index):
+    model, history = of_kind(kind, index), HISTORIES[0]
+    batch = pad_histories([history], 6)
+    scores_N = score_catalogue(model, batch, CSRIndex.from_index(index), scoring="level")[0]
+    for item in range(0, 50, 7):
+        expected = float(recomputed_nll(model, history, item))
+        assert float(scores_N[item]) == pytest.approx(-expected, abs=2e-3)
+
+
+@EVERY
+@FORMS
+def test_fast_equals_reference_on_networks(kind, index):
+    model, batch = of_kind(kind, index), pad_histories(HISTORIES, 6)
     filters = Filters(exclude=[[1, 2], None, [3], []])
     for scoring in ("renormalized", "level", "raw"):
         options = dict(width=6, k=6, filters=filters, scoring=scoring)
@@ -113,9 +148,9 @@ def test_raw_scores_are_log_probabilities_over_the_whole_vocabulary(cls):
     assert model.over_vocabulary().embedding is model.embedding and not model.spans_vocabulary
 
 
-@BOTH
-def test_ragged_batches_equal_single_requests(cls):
-    model, constraint = backbone(cls), CSRIndex.from_index(INDEX)
+@EVERY
+def test_ragged_batches_equal_single_requests(kind):
+    model, constraint = of_kind(kind), CSRIndex.from_index(INDEX)
     filters = Filters(exclude=[np.array(history, dtype=int) for history in HISTORIES])
     together = beam_search(
         model, pad_histories(HISTORIES, 6), constraint, width=8, k=8, filters=filters

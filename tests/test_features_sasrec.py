@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from genrec.config import parse
 from genrec.data import Interactions
@@ -19,9 +20,15 @@ from genrec.features.sasrec_network import (
     Network,
     binary_cross_entropy,
     dropout,
-    sampled_softmax,
 )
-from genrec.features.sasrec_training import Sequences, _averaged, batches, validate, windows
+from genrec.features.sasrec_training import (
+    Sequences,
+    _averaged,
+    batches,
+    score,
+    validate,
+    windows,
+)
 
 SMALL = SASRecConfig(d_model=16, num_layers=1, max_history=8, learning_rate=5e-3, epochs=20)
 BOTH_NORMS = pytest.mark.parametrize("pre_norm", [True, False])
@@ -55,19 +62,6 @@ def test_losses_are_their_formulas():
     hidden, items = (torch.randn(n, 4, generator=generator) for n in (5, 9))
     targets = torch.tensor([0, 3, 3, 8, 1])
     logits = hidden @ items.T
-    full = torch.nn.functional.cross_entropy(logits, targets)
-    everything = torch.randperm(9, generator=generator)
-    assert torch.allclose(sampled_softmax(hidden, items, targets, everything), full, atol=1e-6)
-
-    drawn = torch.tensor([3, 5, 7])
-    by_hand = []
-    for row, target in zip(logits, targets, strict=True):
-        others = [row[i] for i in drawn.tolist() if i != target]
-        rest = sum(torch.exp(x) for x in others) * 8 / len(others)
-        by_hand.append(-torch.log(torch.exp(row[target]) / (torch.exp(row[target]) + rest)))
-    found = sampled_softmax(hidden, items, targets, drawn)
-    assert torch.allclose(found, torch.stack(by_hand).mean(), atol=1e-6)
-
     negatives = torch.tensor([[1, 2], [0, 1], [4, 5], [0, 7], [2, 6]])
     sigmoid = torch.sigmoid(logits)
     rows = torch.arange(5)
@@ -75,6 +69,43 @@ def test_losses_are_their_formulas():
     expected = expected - torch.log(1 - sigmoid[rows[:, None], negatives]).mean(1)
     found = binary_cross_entropy(hidden, items, targets, negatives)
     assert torch.allclose(found, expected.mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("repeat_bias", [False, True])
+def test_with_all_items_as_negatives_the_sampled_loss_is_the_full_one(repeat_bias):
+    items, targets = torch.randint(6, (3, 6)), torch.randint(6, (3, 6))
+    losses = []
+    for loss, more in (("softmax", {}), ("sampled_softmax", {"num_negatives": 20})):
+        net = network(loss=loss, repeat_bias=repeat_bias, **more)
+        if repeat_bias:
+            with torch.no_grad():
+                net.repeats.weight.copy_(torch.linspace(-0.2, 0.1, len(net.repeats.weight)))
+        losses.append(net.loss(items, targets, torch.Generator()))
+    assert torch.allclose(losses[0], losses[1], atol=1e-5)
+
+
+def test_repeat_bias_is_the_same_in_training_and_in_scores():
+    net = network(repeat_bias=True)
+    plain = network(repeat_bias=False)
+    with torch.no_grad():
+        net.repeats.weight.copy_(torch.tensor([-0.1, -0.2, -0.3, -0.4][: len(net.repeats.weight)]))
+        plain.load_state_dict(net.state_dict(), strict=False)
+        history = np.array([4, 7, 4, 2])
+        scores = torch.cat(list(score(net, [history])))[0]
+        bare = torch.cat(list(score(plain, [history])))[0]
+        expected = bare.clone()
+        for place, item in enumerate(history.tolist()):
+            expected[item] -= {1: 1.0, 2: 2.0, 3: 2.0, 4: 3.0}[len(history) - place]
+        assert torch.allclose(scores, expected, atol=1e-5)
+        target = torch.full((1, 4), -1)
+        target[0, 3] = 7
+        found = net.loss(torch.tensor([history.tolist()]), target, torch.Generator())
+        assert torch.allclose(found, -scores.log_softmax(-1)[7], atol=1e-5)
+
+
+def test_repeat_bias_needs_a_softmax():
+    with pytest.raises(ValidationError, match="repeat_bias needs the loss softmax"):
+        SASRecConfig(loss="bce", repeat_bias=True)
 
 
 def test_places_without_a_target_do_not_count():

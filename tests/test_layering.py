@@ -14,11 +14,30 @@ PACKAGE = Path(__file__).parent.parent / "genrec"
 
 # The table of docs/architecture.md. Siblings of one layer may import each other only where listed.
 LAYERS = [
-    {"errors", "config", "artifacts", "runtime", "assets", "configs_folder", "weights"},
+    {
+        "errors",
+        "config",
+        "artifacts",
+        "runtime",
+        "assets",
+        "configs_folder",
+        "weights",
+        "sampled_softmax",
+        "repeats",
+    },
     {"item_index"},
     {"data", "features"},
-    {"tokenizers", "models", "decoding", "calibration", "evaluation"},
-    {"inference", "bundle", "trainers", "recommender", "pipeline", "testing"},
+    {"tokenizers", "models", "decoding", "calibration", "evaluation", "instructions"},
+    {
+        "inference",
+        "bundle",
+        "asking",
+        "titles",
+        "trainers",
+        "recommender",
+        "pipeline",
+        "testing",
+    },
     {"serving", "cli"},
 ]
 SIBLINGS_APART = LAYERS[3]

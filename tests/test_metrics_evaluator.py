@@ -9,7 +9,7 @@ import pytest
 
 from genrec.data import Examples
 from genrec.errors import UserError
-from genrec.evaluation.evaluator import evaluate_scores, mask_histories, summarise
+from genrec.evaluation.evaluator import best_rows, evaluate_scores, mask_histories, summarise
 
 
 def make_examples() -> Examples:
@@ -105,3 +105,27 @@ def test_row_refuses_metrics_of_different_users():
         summarise("genrec", "test", False, {"recall@5": np.ones(3), "recall@10": np.ones(4)})
     with pytest.raises(UserError, match="got 3 and 4 users"):
         summarise("genrec", "test", False, {"recall@5": np.ones(3)}, {"recall@5": np.ones(4)})
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 12])
+def test_best_rows_equal_a_full_sort_with_ties_by_row(k):
+    rng = np.random.default_rng(k)
+    scores = rng.integers(0, 3, (40, 9)).astype(float)  # ties everywhere, also at the border
+    scores[rng.random(scores.shape) < 0.3] = -np.inf
+    scores[0] = -np.inf
+    for user, found in enumerate(best_rows(scores, k)):
+        order = [int(row) for row in np.lexsort((np.arange(9), -scores[user]))]
+        expected = [row for row in order if scores[user, row] > -np.inf][:k]
+        assert found.tolist() == expected + [-1] * (k - len(expected))
+
+
+def test_the_best_rows_of_every_user_come_with_the_metrics():
+    examples = make_examples()
+    rows = np.zeros((len(examples), 2), np.int32)
+    values = evaluate_scores(
+        constant_scores, examples, ks=(2,), mask_seen=True, chunk=2, out_rows=rows
+    )
+    hits = (rows == examples.target_rows[:, None]).any(axis=1)
+    assert hits.tolist() == (values["recall@2"] > 0).tolist()
+    for user, row in enumerate(rows):
+        assert not set(row.tolist()) & set(examples.history(user).tolist())

@@ -19,6 +19,7 @@ from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
 from genrec.models.hierarchical import Hierarchical
 from genrec.models.layers import relative_buckets
+from genrec.models.parallel import Parallel
 from genrec.runtime import load_object
 from genrec.testing.models import (
     HISTORIES,
@@ -26,6 +27,7 @@ from genrec.testing.models import (
     SIZES,
     BackboneContract,
     greedy_items,
+    item_logprobs,
     small_codes,
 )
 
@@ -86,6 +88,29 @@ class TestHierarchical(BackboneContract):
     options: ClassVar = {**SMALL, "item_vectors": False}
 
 
+class TestParallel(BackboneContract):
+    backbone = Parallel
+    options: ClassVar = SMALL
+
+
+@torch.no_grad()
+def test_parallel_heads_score_an_item_by_its_codes_alone(index):
+    """RPG's item score: the sum of the codes' log-probabilities, whatever the other codes are."""
+    torch.manual_seed(0)
+    model = Parallel.from_index(Parallel.Config(**SMALL, init_std=0.5), index).eval()
+    batch = pad_histories([[3, 1, 4], []], MAX_HISTORY)
+    logits, state = model.begin(batch)
+    levels = [logits.log_softmax(-1)]
+    for level in range(1, len(SIZES)):
+        codes = torch.randint(0, SIZES[level - 1], (2,))
+        logits, state = model.step(codes, state, torch.arange(2))
+        levels.append(logits.log_softmax(-1))
+    codes_NL = torch.tensor(index.codes).long()
+    expected_BN = sum(part[:, codes_NL[:, level]] for level, part in enumerate(levels))
+    torch.testing.assert_close(item_logprobs(model, batch), expected_BN)
+    assert expected_BN.std() > 0.1
+
+
 def test_every_registered_backbone_is_under_contract(root):
     files = (root / "tests").glob("test_models*.py")
     written = "\n".join(path.read_text(encoding="utf-8") for path in files)
@@ -99,7 +124,7 @@ def test_registry_name_is_the_config_name(name):
     assert load_object(BACKBONES[name]).Config.model_fields["name"].default == name
 
 
-@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only", "hierarchical"])
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only", "hierarchical", "parallel"])
 def test_vocabulary_softmax_spreads_over_other_levels(name, index):
     cls = load_object(BACKBONES[name])
     torch.manual_seed(0)

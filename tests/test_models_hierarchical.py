@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from genrec.bundle import load_model, save_model
+from genrec.data import Catalog
 from genrec.decoding import CSRIndex, beam_search, score_catalogue
-from genrec.errors import ConfigError, MismatchError
+from genrec.errors import ConfigError, MismatchError, UserError
 from genrec.item_index import ItemIndex
 from genrec.models.base import pad_histories
 from genrec.models.hierarchical import Hierarchical
@@ -25,6 +27,7 @@ from genrec.testing.models import (
     BackboneContract,
     item_logprobs,
     small_codes,
+    train,
     training_batch,
 )
 
@@ -41,7 +44,14 @@ def _one_thread():
 
 class TestItemsAfterOneCode(BackboneContract):
     backbone = Hierarchical
-    options: ClassVar = {**SMALL, "item_vectors": False, "items_from": 1, "activation": "gelu"}
+    options: ClassVar = {
+        **SMALL,
+        "item_vectors": False,
+        "items_from": 1,
+        "activation": "gelu",
+        "repeat_bias": True,
+    }
+    test_gradient_reaches_every_parameter = None  # its batch repeats nothing at some distances
 
 
 class TestOwnVectors(BackboneContract):
@@ -54,7 +64,13 @@ class TestOwnVectors(BackboneContract):
 
 class TestWholeCatalogue(BackboneContract):
     backbone = Hierarchical
-    options: ClassVar = {**SMALL, "items_from": 0, "num_layers": 1, "attention_dropout": 0.1}
+    options: ClassVar = {
+        **SMALL,
+        "items_from": 0,
+        "num_layers": 1,
+        "attention_dropout": 0.1,
+        "repeat_bias": True,
+    }
     test_probabilities_of_all_codes_sum_to_one = None
 
 
@@ -154,15 +170,147 @@ def test_a_table_and_single_vectors_are_the_same():
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
-def test_one_product_and_gathered_vectors_give_the_same_loss(first, monkeypatch):
-    losses = []
+def test_scores_by_group_by_product_and_by_item_are_the_same(first, monkeypatch):
+    model = backbone(CODES, items_from=first)
+    group_M = model.groups.group_N[torch.tensor([3, 1, 4, 3, 3, 20, 7])]
+    query_MD = torch.randn(7, SMALL["d_model"], generator=torch.Generator().manual_seed(0))
+    truth_MC = model._scores(query_MD, model.groups.below(group_M))
+    found = [model._training_scores(query_MD, group_M)]
+    monkeypatch.setattr(Hierarchical, "_scores_by_group", None)
+    monkeypatch.setattr("genrec.models.hierarchical.RUNS_BY_GROUP", ())
     for cost in (0, 10**6):
         monkeypatch.setattr("genrec.models.hierarchical.GATHER_COST", cost)
-        model = backbone(CODES, items_from=first).train()
-        output = model.loss(training_batch(model, [(3, 1, 4), (2, 6, 9)]))
-        output.loss.backward()
-        losses.append((output.loss, model.own.weight.grad))
-    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-4)
+        found.append(model._training_scores(query_MD, group_M))
+    for scores_MC in found:
+        torch.testing.assert_close(scores_MC, truth_MC, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_repeat_bias_speaks_of_seen_items_by_how_long_ago():
+    index = random_index(40, (4, 5, 6), seed=1)
+    model = backbone(index, items_from=1, repeat_bias=True)
+    batch = pad_histories([(3, 8, 8, 1, 4, 7)], MAX_HISTORY)
+    model.repeats.weight.zero_()
+    before_N = item_logprobs(model, batch)[0]
+    model.repeats.weight.copy_(torch.tensor([-1.0, -2.0, -3.0]))  # times 10: 1, 2-3, 4-7 ago
+    after_N = item_logprobs(model, batch)[0]
+    expected_N = before_N.double()
+    for item, bias in ((7, -10.0), (4, -20.0), (1, -20.0), (8, -30.0 - 30.0), (3, -30.0)):
+        expected_N[item] += bias
+    group_N = torch.tensor(index.codes[:, 0])
+    for group in range(4):  # the first code is chosen without the bias
+        mine_N = group_N == group
+        lost = expected_N[mine_N].logsumexp(0) - before_N.double()[mine_N].logsumexp(0)
+        expected_N[mine_N] -= lost
+    torch.testing.assert_close(after_N.double(), expected_N, atol=1e-3, rtol=1e-4)
+
+
+def test_repeat_bias_learns_that_nobody_takes_an_item_twice():
+    model = backbone(CODES, items_from=0, repeat_bias=True)
+    rng = np.random.default_rng(0)
+    sequences = [rng.permutation(40)[: MAX_HISTORY + 1] for _ in range(64)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, training_batch(model, sequences), steps=60, optimizer=optimizer)
+    fresh = [rng.permutation(40)[:MAX_HISTORY] for _ in range(20)]
+    logprobs_BN = item_logprobs(model, pad_histories(fresh, MAX_HISTORY)).detach()
+    seen_BH = logprobs_BN.exp().gather(1, torch.from_numpy(np.stack(fresh)))
+    assert float(seen_BH.sum(1).mean()) < 0.05  # 6 of 40 items: .15 by chance
+
+
+@pytest.mark.parametrize("repeat_bias", [False, True])
+def test_with_all_items_as_negatives_the_loss_is_the_full_one(repeat_bias):
+    options = {"items_from": 0, "repeat_bias": repeat_bias}
+    full = backbone(CODES, **options).train()
+    drawn = backbone(CODES, **options, num_negatives=40).train()
+    drawn.load_state_dict(full.state_dict())
+    batch = training_batch(full, [(3, 1, 4), (2, 6, 2, 9, 9, 2, 5), (7,)])
+    torch.testing.assert_close(drawn.loss(batch).loss, full.loss(batch).loss)
+    few = backbone(CODES, **options, num_negatives=20).train()
+    few.load_state_dict(full.state_dict())
+    values = [float(few.loss(batch).loss.detach()) for _ in range(400)]
+    assert len(set(values)) > 300
+    assert np.mean(values) == pytest.approx(float(full.loss(batch).loss.detach()), rel=0.1)
+    torch.testing.assert_close(few.eval().loss(batch).loss, full.eval().loss(batch).loss)
+
+
+def test_negatives_are_for_the_softmax_over_all_items():
+    with pytest.raises(ConfigError, match=r"num_negatives: got 4 with items_from 1"):
+        backbone(CODES, items_from=1, num_negatives=4)
+
+
+class TestContent(BackboneContract):
+    backbone = Hierarchical
+    options: ClassVar = {**SMALL, "item_vectors": False, "items_from": 0, "content": True}
+    test_probabilities_of_all_codes_sum_to_one = None
+
+    test_a_shared_vocabulary_means_the_same_at_every_level = None  # both build models without
+    test_state_dict_round_trip = None  # vectors; a round trip is below
+
+    def make(self, **changes) -> Hierarchical:
+        model = super().make(**changes)
+        model.start_from(Catalog.from_vectors(vectors_of(len(model.tokens_NL))))
+        with torch.no_grad():
+            model.content.projection.weight.add_(0.2)
+        return model
+
+
+def vectors_of(num_items: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(3.0, 2.0, (num_items, 7)).astype(np.float32)
+
+
+def test_content_is_a_linear_map_of_standardized_vectors(tmp_path):
+    model = backbone(CODES, items_from=1, content=True, item_vectors=False)
+    vectors = vectors_of(len(CODES))
+    model.start_from(Catalog.from_vectors(vectors, CODES.item_ids))
+    known = model.content.vectors_NE
+    assert float(known.mean(0).abs().max()) < 1e-5
+    assert float(known.square().mean()) == pytest.approx(1.0, rel=1e-4)
+    rows = torch.arange(len(CODES))
+    codes_ND = model.embedding(model.tokens_NL).sum(1)
+    expected = codes_ND + known @ model.content.projection.weight.T
+    torch.testing.assert_close(model.item_vectors(rows), expected)
+    save_model(tmp_path / "m", model, CODES)
+    loaded = load_model(tmp_path / "m", CODES)
+    batch = pad_histories(HISTORIES, MAX_HISTORY)
+    with torch.no_grad():
+        assert torch.equal(loaded.begin(batch)[0], model.begin(batch)[0])
+
+
+@pytest.mark.parametrize("vectors", [None, vectors_of(39)], ids=["none", "too few"])
+def test_content_wants_a_vector_per_item(vectors):
+    model = backbone(CODES, content=True)
+    table = pl.DataFrame({"item_id": list(CODES.item_ids)})
+    catalog = Catalog(table) if vectors is None else Catalog.from_vectors(vectors)
+    with pytest.raises(UserError, match=r"model\.content: got (none|39) item vectors"):
+        model.start_from(catalog)
+
+
+def test_content_that_was_not_given_says_so():
+    model = backbone(CODES, content=True)
+    with pytest.raises(UserError, match=r"model\.content: this model has not taken in"):
+        model.loss(training_batch(model, [(3, 1, 4)]))
+
+
+@torch.no_grad()
+def test_kept_item_vectors_follow_every_change_of_the_weights():
+    model = backbone(CODES, items_from=1, content=True)
+    model.start_from(Catalog.from_vectors(vectors_of(len(CODES)), CODES.item_ids))
+    rows = torch.arange(len(CODES))
+    for weight in (model.embedding.weight, model.own.weight, model.content.projection.weight):
+        before = model.item_vectors(rows).clone()
+        weight.add_(0.1 * torch.randn_like(weight))
+        after = model.item_vectors(rows)
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, model._made(None))
+    other = backbone(CODES, items_from=1, content=True)
+    other.start_from(Catalog.from_vectors(vectors_of(len(CODES)), CODES.item_ids))
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model.item_vectors(rows), other.item_vectors(rows))
+
+
+def test_repeat_bias_without_items_says_so():
+    with pytest.raises(ConfigError, match=r"repeat_bias: got true without model\.items_from"):
+        backbone(CODES, repeat_bias=True)
 
 
 def test_items_from_a_level_that_is_not_there_says_so():

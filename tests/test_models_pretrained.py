@@ -343,13 +343,14 @@ def test_dropout_of_the_base_is_an_option(family_folder):
 def test_gradient_checkpointing_changes_nothing_but_memory(family_folder):
     gradients = []
     for option in (False, True):
-        model = make(family_folder("llama"), gradient_checkpointing=option).train()
+        model = make(family_folder("llama")).train()
+        model.checkpoint_gradients(option)
         model.loss(pad_histories([(3, 1, 4), (2,)], MAX_HISTORY)).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name])
     with pytest.raises(ConfigError, match="gradient_checkpointing"):
-        make(family_folder("llama"), gradient_checkpointing=True, tuning={"mode": "prefix"})
+        make(family_folder("llama"), tuning={"mode": "prefix"}).checkpoint_gradients(True)
 
 
 def test_bfloat16_bases_train_and_search(family_folder):

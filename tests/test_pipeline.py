@@ -16,8 +16,8 @@ from genrec.data.synthetic import ring
 from genrec.errors import MismatchError
 from genrec.evaluation import metrics
 from genrec.pipeline.config import load_run_config
+from genrec.pipeline.listing import read_lists
 from genrec.pipeline.run import Run
-from genrec.pipeline.stages import read_lists
 
 
 def execute(config: Path, out: Path, cache: Path, *overrides: str) -> dict[str, Any]:
@@ -48,6 +48,12 @@ def test_a_run_leaves_results_report_and_bundle(small_run: Path) -> None:
     assert calibration["after"]["bins"] and set(calibration["by_mode"]) == {"masked", "unmasked"}
     report = (small_run / "report.html").read_text(encoding="utf-8")
     assert all(title in report for title in ("Do the probabilities hold?", "Use of codes"))
+    latency = results["timing"]["latency"]
+    assert [line["masked"] for line in latency] == [True, False]
+    assert all(0 < line["p50_ms"] <= line["p95_ms"] <= line["p99_ms"] for line in latency)
+    assert all(line["batch_p50_ms"] > line["p50_ms"] for line in latency)
+    assert latency[0]["batch_size"] == 64 and latency[0]["device"].startswith("cpu, ")
+    assert set(results["beyond_accuracy"]["masked"]) == names
     lines = (small_run / "seed-1" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line).get("epoch") for line in lines] == [1, 2, None]
 
@@ -114,6 +120,8 @@ def test_a_second_run_reuses_everything_and_gives_the_same(
     assert ran(results) == set()
     first = json.loads((small_run / "results.json").read_text())
     assert results["rows"] == first["rows"] and results["fingerprints"] == first["fingerprints"]
+    assert results["timing"]["latency"] == first["timing"]["latency"]  # of the search that was run
+    assert results["beyond_accuracy"] == first["beyond_accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +220,8 @@ def test_a_bundle_meets_the_wrong_data_set(
 def test_wandb_offline_gets_a_run_without_raw_user_ids(
     small_config: Path, small_cache: Path, small_run: Path, tmp_path: Path
 ) -> None:
+    import wandb
+
     execute(
         small_config,
         tmp_path / "r",
@@ -222,6 +232,11 @@ def test_wandb_offline_gets_a_run_without_raw_user_ids(
     )
     files = list((tmp_path / "r" / "seed-1" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 1 and b"learning_rate" in files[0].read_bytes()
+    (of_results,) = (tmp_path / "r" / "results" / "wandb").glob("offline-run-*/run-*.wandb")
+    wandb.teardown()  # its service writes the last run after `finish` has returned
+    logged = of_results.read_bytes()
+    assert b"genrec/masked/ndcg@10" in logged and b"markov/unmasked/recall@10" in logged
+    assert b"calibration/ece_after" in logged and b"small-results" in logged
 
 
 def test_permuting_held_out_items_changes_nothing_that_was_fitted(

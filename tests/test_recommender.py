@@ -84,7 +84,9 @@ def test_candidates_and_exclude_are_kept_to(recommender: Recommender) -> None:
     for items in found.item_ids:
         assert set(items[:4]) == set(wanted) and items[4] is None and items[5] is None
     assert np.isneginf(found.scores[:, 4:]).all() and (found.probabilities[:, 4:] == 0).all()
-    np.testing.assert_allclose(np.exp(found.scores[:, :4]).sum(1), 1.0, atol=1e-4)
+    scores = recommender.score(HISTORIES, [list(items[:4]) for items in found.item_ids])
+    np.testing.assert_allclose(found.scores[:, :4], scores, atol=1e-4)
+    np.testing.assert_allclose(found.probabilities.sum(1), 1.0, atol=1e-4)
     own = recommender.recommend(HISTORIES[:2], k=3, candidates=[["3"], ["4", "5"]])
     assert own.item_ids[0].tolist() == ["3", None, None] and set(own.item_ids[1][:2]) == {"4", "5"}
     best = recommender.recommend(HISTORIES, k=2).item_ids[:, 0]

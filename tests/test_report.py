@@ -92,8 +92,26 @@ def make_results() -> dict:
                 "train (seed 0)": 7.5,
             },
             "reused": ["search test, masked (seed 1)"],
+            "latency": [
+                {
+                    "seed": 0,
+                    "masked": True,
+                    "p50_ms": 1.234,
+                    "p95_ms": 2.5,
+                    "batch_p50_ms": 79.0,
+                    "batch_p95_ms": 160.0,
+                    "batch_size": 64,
+                    "device": NASTY,
+                }
+            ],
         },
-        "beyond_accuracy": {"k": 10, "masked": {"genrec": {"coverage": 0.431, "gini": 0.5}}},
+        "beyond_accuracy": {
+            "k": 10,
+            "masked": {
+                "genrec": {"coverage": 0.431, "gini": 0.5},
+                "most_popular": {"coverage": 0.0089, "novelty_bits": 7.25},
+            },
+        },
         "git": {"commit": "c0ffee", "dirty": True},
         "versions": {"genrec": "0.1.0"},
         "fingerprints": {"dataset": "abc"},
@@ -193,12 +211,21 @@ def test_endless_titles_are_cut():
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_lists_of_baselines_stand_beside_ours():
+    page = Page(render(make_results(), ReportParts()))
+    assert "What the first 10 places of all lists are like, seen items left out" in page.text
+    assert "0.0089" in page.text and "7.25" in page.text and "novelty" in page.text
+    assert "Gini" in page.text and "long tail" not in page.text  # nobody has that figure
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_speed_counts_only_what_was_timed():
     text = Page(render(make_results(), ReportParts())).text
     assert "300 requests each" in text and "150.0" in text  # 300 users in 2 seconds
     assert "search test, masked (seed 1)" not in text
     results = make_results()
-    results["timing"]["reused"] = list(results["timing"]["stages"])
+    assert "1.23" in text and "batch size" in text and NASTY in text
+    results["timing"] |= {"reused": list(results["timing"]["stages"]), "latency": []}
     assert "Speed" not in Page(render(results, ReportParts())).text
 
 

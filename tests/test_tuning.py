@@ -361,4 +361,17 @@ def test_merging_what_stands_on_no_base_says_so(small_run, tmp_path):
 def test_every_mode_has_a_configuration(mode, root):
     config = load_run_config(root / "configs" / "tuning" / f"{mode}.yaml")
     assert config.model.tuning.mode == mode
-    assert {p.stem for p in (root / "configs" / "tuning").glob("*.yaml")} == set(MODES)
+
+
+def test_every_tuning_configuration_is_checked(root):
+    """What is no mode is a trainer: a second stage keeps all but it."""
+    others = {p.stem for p in (root / "configs" / "tuning").glob("*.yaml")} - set(MODES)
+    for name in others:
+        config = load_run_config(root / "configs" / "tuning" / f"{name}.yaml")
+        assert config.trainer.name == name
+    assert "preference" in others
+    second = load_run_config(root / "configs" / "tuning" / "preference.yaml").to_dict()
+    first = load_run_config(root / "configs" / "demo-quick.yaml").to_dict()
+    assert second["trainer"]["start_from"] == f"runs/{first['name']}"
+    for section in ("seeds", "data", "features", "tokenizer", "index", "model"):
+        assert second[section] == first[section]

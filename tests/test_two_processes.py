@@ -66,6 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     planted(num_items=64, num_users=NUM_USERS, branching=2, length=(5, 9)).save(folder / "data")
     model = {"max_history": 6, "d_model": 16, "num_layers": 1, "d_ff": 32, "dropout": 0.0}
     trainer = {"epochs": 2, "batch_size": 8, "accumulation": 5, "learning_rate": 3e-3}
+    trainer |= {"average": 0.9, "weights": {"inverse_popularity": 0.5}}
     config = {
         "name": "two",
         "data": str(folder / "data"),

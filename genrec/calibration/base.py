@@ -193,6 +193,33 @@ def warn_if_few_hits(rank_U: np.ndarray) -> None:
     )
 
 
+def fit_input(
+    logprobs_Uk: np.ndarray, target_rank_U: np.ndarray, num_rest_U: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return what every `fit` begins with: checked arrays, and who has something to say.
+
+    Users whose target is neither in the list nor among the rest (it was filtered out) say nothing
+    about a distribution over items. Few hits among the others are warned about.
+
+    Returns:
+        log-probabilities (U, k), ranks (U,), rest counts (U,), and (U,) bool: the target could have
+        been recommended.
+
+    Raises:
+        UserError: shapes that do not fit, NaN, or no such user.
+    """
+    logprobs_Uk, num_rest_U = checked(logprobs_Uk, num_rest_U, target_rank_U)
+    rank_U = np.asarray(target_rank_U)
+    useful_U = (rank_U >= 0) | (num_rest_U > 0)
+    if not useful_U.any():
+        raise UserError(
+            "calibrator: got no user whose target could have been recommended. Expected "
+            "validation users; check the split and the filters."
+        )
+    warn_if_few_hits(rank_U[useful_U])
+    return logprobs_Uk, rank_U, num_rest_U, useful_U
+
+
 def checked(
     logprobs_Uk: np.ndarray, num_rest_U: np.ndarray, target_rank_U: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -31,9 +31,9 @@ from genrec.calibration.base import (
     ListContext,
     Need,
     checked,
+    fit_input,
     log_rest_item,
     logsumexp,
-    warn_if_few_hits,
 )
 from genrec.errors import UserError
 
@@ -92,15 +92,7 @@ class LevelTemperatureCalibrator(Calibrator):
         """
         from scipy.optimize import minimize
 
-        logprobs_Uk, num_rest_U = checked(logprobs_Uk, num_rest_U, target_rank_U)
-        rank_U = np.asarray(target_rank_U)
-        useful = (rank_U >= 0) | (num_rest_U > 0)
-        if not useful.any():
-            raise UserError(
-                "calibrator: got no user whose target could have been recommended. Expected "
-                "validation users; check the split and the filters."
-            )
-        warn_if_few_hits(rank_U[useful])
+        logprobs_Uk, rank_U, num_rest_U, useful = fit_input(logprobs_Uk, target_rank_U, num_rest_U)
         levels_UkL = self._levels(logprobs_Uk, context)[useful]
         parts = _parts(logprobs_Uk[useful], levels_UkL, num_rest_U[useful])
         num_levels = levels_UkL.shape[2]

@@ -26,8 +26,8 @@ from genrec.calibration.base import (
     Need,
     checked,
     finite_number,
+    fit_input,
     log_rest_item,
-    warn_if_few_hits,
 )
 from genrec.errors import UserError
 from genrec.runtime import get_logger
@@ -59,15 +59,13 @@ class ItemwiseCalibrator(Calibrator):
         Raises:
             UserError: shapes that do not fit, NaN, or no listed item at all.
         """
-        logprobs_Uk, num_rest_U = checked(logprobs_Uk, num_rest_U, target_rank_U)
-        rank_U = np.asarray(target_rank_U)
+        logprobs_Uk, rank_U, num_rest_U, _ = fit_input(logprobs_Uk, target_rank_U, num_rest_U)
         real_Uk = np.isfinite(logprobs_Uk)
         if not real_Uk.any():
             raise UserError(
                 "calibrator: got no listed item to learn from. Expected validation lists; check "
                 "the split and the filters."
             )
-        warn_if_few_hits(rank_U)
         if np.ptp(logprobs_Uk[real_Uk]) == 0:
             _log.warning(
                 "calibrator: all scores are equal, so every listed item gets the same "

@@ -32,9 +32,9 @@ from genrec.calibration.base import (
     ListContext,
     checked,
     finite_number,
+    fit_input,
     log_rest_item,
     logsumexp,
-    warn_if_few_hits,
 )
 from genrec.errors import UserError
 from genrec.runtime import get_logger
@@ -136,16 +136,8 @@ class TemperatureCalibrator(Calibrator):
         """
         from scipy.optimize import minimize_scalar
 
-        logprobs_Uk, num_rest_U = checked(logprobs_Uk, num_rest_U, target_rank_U)
-        rank_U = np.asarray(target_rank_U)
-        useful = (rank_U >= 0) | (num_rest_U > 0)
-        logprobs_Uk, rank_U, num_rest_U = logprobs_Uk[useful], rank_U[useful], num_rest_U[useful]
-        if not len(rank_U):
-            raise UserError(
-                "calibrator: got no user whose target could have been recommended. Expected "
-                "validation users; check the split and the filters."
-            )
-        warn_if_few_hits(rank_U)
+        *arrays, useful = fit_input(logprobs_Uk, target_rank_U, num_rest_U)
+        logprobs_Uk, rank_U, num_rest_U = (array[useful] for array in arrays)
         bounds = np.log([self.config.min_temperature, self.config.max_temperature])
         found = minimize_scalar(
             lambda log_t: target_nll(logprobs_Uk, rank_U, num_rest_U, np.exp(log_t)).mean(),

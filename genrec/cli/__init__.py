@@ -14,6 +14,7 @@ import typer
 from genrec import __version__
 from genrec.cli import (
     ablate,
+    ask,
     audit,
     baselines,
     compare,
@@ -72,6 +73,7 @@ def build_app() -> typer.Typer:
         inspect,
         baselines,
         ablate,
+        ask,
         compare,
         audit,
         merge,

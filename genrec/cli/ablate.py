@@ -40,7 +40,8 @@ def register(app: typer.Typer) -> None:
         if as_json:
             print_json(found)
         else:
-            _print(found)
+            for part in [found, *found["others"]]:
+                _print(part)
             typer.echo(f"ablation.md, ablation.html and every cell's run are in {folder}/.")
         if found["failed"]:
             typer.echo(f"failed: {', '.join(found['failed'])} (see log.txt of each)", err=True)
@@ -54,6 +55,7 @@ def _print(found: dict) -> None:
     for masked in modes(found):
         columns, rows = result_table(found, masked)
         seen = "left out" if masked else "kept in"
-        print_table(f"{found['dataset']['name']}: test, seen items {seen}", columns, rows)
+        what = f" ({found['what']})" if found.get("what") else ""
+        print_table(f"{found['dataset']['name']}{what}: test, seen items {seen}", columns, rows)
         for metric in PRINTED:
             typer.echo(noise_sentence(found, metric, masked))

@@ -113,9 +113,13 @@ def _evaluate(
 ) -> dict[str, Any]:
     import time
 
+    import numpy as np
+
     from genrec import runtime
+    from genrec.bundle import mode_name
     from genrec.data import Dataset
     from genrec.errors import DataError, UserError
+    from genrec.evaluation import beyond_accuracy
     from genrec.evaluation.evaluator import DEFAULT_KS, evaluate_scores, summarise
     from genrec.models.baselines import MostPopular
 
@@ -131,15 +135,25 @@ def _evaluate(
         )
     begun = time.perf_counter()
     fitted = _fit(data, choices, _with_vectors(data, vectors), split)
-    rows = []
+    counts_N = data.interactions.training().counts()
+    around = beyond_accuracy.Surroundings(examples, counts_N)
+    rows: list[dict[str, Any]] = []
+    likeness: dict[str, dict[str, Any]] = {}
     with runtime.progress("baselines", 2 * len(fitted) * len(examples)) as advance:
         for masked in (True, False):
-            values = {
-                name: evaluate_scores(
-                    model.scores, examples, ks=DEFAULT_KS, mask_seen=masked, on_progress=advance
+            values, mode = {}, mode_name(masked)
+            for name, (model, _) in fitted.items():
+                top_Uk = np.full((len(examples), beyond_accuracy.DEPTH), -1, np.int32)
+                values[name] = evaluate_scores(
+                    model.scores,
+                    examples,
+                    ks=DEFAULT_KS,
+                    mask_seen=masked,
+                    on_progress=advance,
+                    out_rows=top_Uk,
                 )
-                for name, (model, _) in fitted.items()
-            }
+                figures = beyond_accuracy.list_figures(top_Uk, around)
+                likeness.setdefault(mode, {})[name] = figures
             popular = values.get(MostPopular.Config().name)
             for name, metrics in values.items():
                 reference = None if metrics is popular else popular
@@ -156,6 +170,7 @@ def _evaluate(
         "seeds": [],
         "baselines": settings,
         "rows": rows,
+        "beyond_accuracy": {"k": beyond_accuracy.DEPTH, **likeness},
         "timing": {
             "seconds": round(time.perf_counter() - begun, 2),
             "fit": {name: round(seconds, 2) for name, (_, seconds) in fitted.items()},

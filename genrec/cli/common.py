@@ -62,6 +62,18 @@ def print_results(results: dict[str, Any]) -> None:
         title = f"{dataset['name']}: {split}, full ranking, {seen}{who}"
         rows = [_row(row) for row in results["rows"] if row["masked"] == masked]
         print_table(title, columns, rows)
+        _print_likeness(results, masked)
+
+
+def _print_likeness(results: dict[str, Any], masked: bool) -> None:
+    """Print what the lists of every system are like beside accuracy, where that is known."""
+    from genrec.evaluation.beyond_accuracy import PRINTED, printed
+
+    known = results.get("beyond_accuracy") or {}
+    systems = known.get("masked" if masked else "unmasked") or {}
+    rows = [[name, *printed(figures)] for name, figures in systems.items()]
+    if rows:
+        print_table(f"the first {known['k']} places of the lists", ["", *PRINTED.values()], rows)
 
 
 def _row(row: dict[str, Any]) -> list[str]:

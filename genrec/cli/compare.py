@@ -39,7 +39,8 @@ def register(app: typer.Typer) -> None:
 
         Bootstrap interval, bootstrap and sign-flip p (Holm over the table), and the smallest
         difference that these users would show. Runs on other data or under another protocol are
-        refused; several seeds are averaged per user.
+        refused; several seeds are averaged per user. History length, beam width and scoring are
+        settings of a model: they may differ and are shown, as is what a request took.
         """
         found = _compare(runs, metric)
         if out is not None:
@@ -86,12 +87,24 @@ def _named_apart(cells: list[Cell], sources: list[str]) -> list[Cell]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from genrec.evaluation.comparison_tables import modes, noise_sentence, paired_table
+    from genrec.evaluation.comparison_tables import (
+        likeness_table,
+        modes,
+        noise_sentence,
+        paired_table,
+        search_table,
+    )
 
     split = next(row["split"] for row in found["cells"][0]["rows"])
     for masked in modes(found):
+        seen = "left out" if masked else "kept in"
         for metric in found["metrics"]:
-            seen = "left out" if masked else "kept in"
             title = f"{found['dataset']['name']}: {split}, seen items {seen}, {metric}"
             print_table(title, *paired_table(found, metric, masked))
             typer.echo(noise_sentence(found, metric, masked))
+        columns, rows = likeness_table(found, masked)
+        if rows:
+            print_table(f"lists, seen items {seen}", columns, rows)
+    columns, rows = search_table(found)
+    if rows:
+        print_table("search (ms per request)", columns, rows)

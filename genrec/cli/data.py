@@ -62,7 +62,8 @@ def prepare(
     ties: Annotated[
         str | None,
         typer.Option(
-            help="file or hash: order of equal timestamps. [default: hash; sequences: file]"
+            help="file or hash: order of equal timestamps (sequences: the file's order, or that of "
+            "their timestamps). [default: hash; sequences: file]"
         ),
     ] = None,
     split: Annotated[
@@ -96,6 +97,9 @@ def prepare(
     rating: Annotated[
         str | None, typer.Option(help="tabular, recbole: rating column. [default: rating]")
     ] = None,
+    keep_ratings: Annotated[
+        bool, typer.Option("--keep-ratings", help="Keep ratings, for instructions about them.")
+    ] = False,
     time_format: Annotated[
         str | None, typer.Option(help="tabular, recbole: auto, s, ms, us or iso. [default: auto]")
     ] = None,
@@ -157,6 +161,7 @@ def prepare(
         "min_user_interactions": min_user if min_user is not None else k_core,
         "min_item_interactions": min_item if min_item is not None else k_core,
         "rating_threshold": min_rating,
+        "keep_ratings": keep_ratings or None,
         "sample_users": sample_users,
         "duplicates": duplicates,
         "ties": ties,
@@ -214,12 +219,13 @@ def _print_summary(info: dict[str, Any], out: Path) -> None:
         "dropped_k_core": "dropped: outside the k-core",
         "kept": "interactions kept",
         "users": "users",
+        "users_in_file_order": "of them in the file's order (no times)",
         "items": "items",
         "train": "training interactions",
         "valid": "validation interactions",
         "test": "test interactions",
     }
-    rows = [[label, f"{counts[key]:,}"] for key, label in labels.items()]
+    rows = [[label, f"{counts[key]:,}"] for key, label in labels.items() if key in counts]
     print_table(f"{info['name']} ({info['source']})", ["", "count"], rows)
     typer.echo(
         f"split {info['split']['name']}, ties {info['ties']} ({ties['tied_pairs']:,} of "

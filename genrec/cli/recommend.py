@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from genrec.cli.common import DEVICE, JSON, print_json, print_table
+
+if TYPE_CHECKING:
+    from genrec.recommender import Recommendations, Recommender
 
 
 def _ids(text: str) -> list[str]:
@@ -54,36 +58,58 @@ def register(app: typer.Typer) -> None:
             width=width,
             missing=missing,  # type: ignore[arg-type]
         )
-        lists = [_entries(recommender, found, i) for i in range(len(histories))]
+        users: list[dict[str, Any]] = [
+            {
+                "history": asked,
+                "certified": bool(found.certified[i]),
+                **_strengths(found, i),
+                "items": _entries(recommender, found, i),
+            }
+            for i, asked in enumerate(histories)
+        ]
         if as_json:
-            print_json(
-                [
-                    {"history": asked, "certified": bool(certain), "items": items}
-                    for asked, certain, items in zip(histories, found.certified, lists, strict=True)
-                ]
-            )
+            print_json(users)
             return
-        for asked, certain, items in zip(histories, found.certified, lists, strict=True):
+        for user in users:
+            asked, items = user["history"], user["items"]
             known = recommender.index.rows_of(asked, missing="skip")
             ids = [recommender.index.item_ids[row] for row in known]
             titles = [t or i for t, i in zip(recommender.titles(ids), ids, strict=True)]
             heading = "After " + (" > ".join(titles[-5:]) or "an empty history")
-            note = "exact top list" if certain else "beam search"
+            note = "exact top list" if user["certified"] else "beam search"
             rows = [
                 [e["item_id"], e["title"] or "", f"{e['probability']:.2%}", f"{e['score']:.3f}"]
                 for e in items
             ]
             print_table(f"{heading} ({note})", ["item", "title", "probability", "score"], rows)
+            typer.echo(_sentence(user))
 
 
-def _entries(recommender: object, found: object, i: int) -> list[dict]:
-    ids = [item for item in found.item_ids[i] if item is not None]  # type: ignore[attr-defined]
+def _strengths(found: Recommendations, i: int) -> dict[str, float | None]:
+    strength = found.preference_strength
+    return {
+        "expected_hits": float(found.expected_hits[i]),
+        "preference_strength": None if strength is None else float(strength[i]),
+    }
+
+
+def _sentence(user: dict[str, Any]) -> str:
+    strength = user["preference_strength"]
+    shown = "not known" if strength is None else f"{strength:.3f}"
+    return (
+        f"Expected hits in this list: {user['expected_hits']:.3f}. Preference strength: {shown} "
+        "(0 = a blind guess, 1 = certain)."
+    )
+
+
+def _entries(recommender: Recommender, found: Recommendations, i: int) -> list[dict[str, Any]]:
+    ids = [item for item in found.item_ids[i] if item is not None]
     return [
         {
             "item_id": item,
             "title": title,
-            "score": float(found.scores[i, j]),  # type: ignore[attr-defined]
-            "probability": float(found.probabilities[i, j]),  # type: ignore[attr-defined]
+            "score": float(found.scores[i, j]),
+            "probability": float(found.probabilities[i, j]),
         }
-        for j, (item, title) in enumerate(zip(ids, recommender.titles(ids), strict=True))  # type: ignore[attr-defined]
+        for j, (item, title) in enumerate(zip(ids, recommender.titles(ids), strict=True))
     ]

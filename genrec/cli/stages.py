@@ -53,7 +53,7 @@ def embed(
     from genrec.data import Dataset
     from genrec.features import FEATURES
     from genrec.pipeline import stages
-    from genrec.pipeline.run import make_accelerator
+    from genrec.pipeline.processes import make_accelerator
     from genrec.runtime import default_device
 
     chosen = load_config(config, overrides, data=str(dataset)).features
@@ -92,15 +92,16 @@ def train(
     from genrec.data import Dataset
     from genrec.item_index import ItemIndex
     from genrec.pipeline import stages
-    from genrec.pipeline.run import make_accelerator
+    from genrec.pipeline.processes import make_accelerator
 
     resolved = load_config(config, overrides, data=str(dataset))
     loaded, item_index = Dataset.load(dataset), ItemIndex.load(_part(index, "index"))
     accelerator = make_accelerator(device=device)
     where = [accelerator.device.type, accelerator.num_processes]
     model: Any = resolved.model
-    reads = model.reads(loaded.catalog)
-    parts = [model.to_dict(), resolved.trainer.to_dict(), seed, where, *([reads] if reads else [])]
+    trainer: Any = resolved.trainer
+    reads = model.reads(loaded.catalog) | trainer.reads(loaded.catalog)
+    parts = [model.to_dict(), trainer.to_dict(), seed, where, *([reads] if reads else [])]
     key = fingerprint(loaded.fingerprint, item_index.fingerprint, *parts)
     stages.train(
         out,

@@ -18,6 +18,7 @@ from genrec.data.interactions import Interactions
 
 CATALOG = "catalog.parquet"
 INTERACTIONS = "interactions.parquet"
+RATING = "rating"
 KIND = "dataset"
 
 
@@ -54,6 +55,8 @@ class Dataset:
                 "split": events.splits.astype(np.uint8),
             }
         )
+        if events.ratings is not None:
+            table = table.with_columns(pl.Series(RATING, events.ratings.astype(np.float32)))
         with atomic_directory(path) as folder:
             self.catalog.table.write_parquet(folder / CATALOG)
             table.write_parquet(folder / INTERACTIONS)
@@ -82,5 +85,6 @@ class Dataset:
             table["timestamp"].to_numpy(),
             table["split"].to_numpy(),
             len(catalog),
+            table[RATING].to_numpy() if RATING in table.columns else None,
         )
         return cls(catalog, interactions, artifact.extra, artifact.fingerprint)

@@ -37,6 +37,7 @@ class Events:
         user_ids: raw ids by code; they never reach a dataset folder.
         item_ids: raw ids by code.
         facts: counts of rows read, skipped and below the rating threshold, time format (JSON).
+        ratings: (M,) float64; None where they were not asked for.
     """
 
     user_codes: np.ndarray
@@ -45,6 +46,7 @@ class Events:
     user_ids: list[str]
     item_ids: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
+    ratings: np.ndarray | None = None
 
     def select(self, keep: np.ndarray) -> Events:
         """Return the events where `keep` (mask or positions) says so; codes do not change."""
@@ -55,6 +57,7 @@ class Events:
             self.user_ids,
             self.item_ids,
             self.facts,
+            None if self.ratings is None else self.ratings[keep],
         )
 
     def __len__(self) -> int:
@@ -65,6 +68,7 @@ def read_events(
     source: Source,
     *,
     rating_threshold: float | None = None,
+    keep_ratings: bool = False,
     bad_rows: Literal["error", "skip"] = "error",
     advance: Callable[[int], None] | None = None,
 ) -> Events:
@@ -72,15 +76,16 @@ def read_events(
 
     Args:
         source: where they come from.
-        rating_threshold: events rated lower are left out; None keeps all and reads no ratings.
+        rating_threshold: events rated lower are left out; None keeps all.
+        keep_ratings: return them. Neither this nor a threshold: no ratings are read.
         bad_rows: "error" stops at the first bad row, "skip" counts them.
         advance: told after each chunk how many rows it had.
 
     Raises:
         DataError: unreadable input (see `Source.events`), a bad row, or no event left.
     """
-    reader = _Reader(source, rating_threshold, bad_rows)
-    for chunk in source.events(with_rating=rating_threshold is not None):
+    reader = _Reader(source, rating_threshold, keep_ratings, bad_rows)
+    for chunk in source.events(with_rating=keep_ratings or rating_threshold is not None):
         reader.add(chunk)
         if advance is not None:
             advance(len(chunk.frame) + len(chunk.broken))
@@ -100,9 +105,12 @@ class _Coder:
 
 
 class _Reader:
-    def __init__(self, source: Source, threshold: float | None, policy: str) -> None:
+    def __init__(
+        self, source: Source, threshold: float | None, keep_ratings: bool, policy: str
+    ) -> None:
         self.name = source.files()[0].name
-        self.threshold = threshold
+        self.threshold, self.keep_ratings = threshold, keep_ratings
+        self.rated: list[np.ndarray] = []
         self.policy = policy
         self.format: TimeFormat | None = None
         self.asked_format = source.time_format
@@ -123,10 +131,12 @@ class _Reader:
             keep &= ~np.isnan(ratings)
         if chunk.broken or not keep.all():
             self._report(frame, keep, odd_times, chunk.broken)
-        if ratings is not None:
+        if ratings is not None and self.threshold is not None:
             below = keep & (ratings < self.threshold)
             self.num_below += int(below.sum())
             keep &= ~below
+        if self.keep_ratings and ratings is not None:
+            self.rated.append(ratings[keep])
         if not keep.all():
             frame, times = frame.filter(pl.Series(keep)), times[keep]
         self.parts.append((self.users(frame[USER]), self.items(frame[ITEM]), times))
@@ -149,7 +159,9 @@ class _Reader:
             np.concatenate([part[place] for part in self.parts]) for place in range(3)
         )
         self.parts.clear()
-        return Events(users, items, times, list(self.users.codes), list(self.items.codes), facts)
+        ratings = np.concatenate(self.rated) if self.keep_ratings else None
+        ids = list(self.users.codes), list(self.items.codes)
+        return Events(users, items, times, *ids, facts, ratings)
 
     def _times(self, frame: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         if TIMESTAMP not in frame.columns:
@@ -162,7 +174,7 @@ class _Reader:
         return _milliseconds(texts, self.format)
 
     def _ratings(self, frame: pl.DataFrame) -> np.ndarray | None:
-        if self.threshold is None:
+        if self.threshold is None and not self.keep_ratings:
             return None
         values = frame[RATING].str.strip_chars().cast(pl.Float64, strict=False)
         return values.fill_null(float("nan")).to_numpy()

@@ -91,7 +91,8 @@ def chronological(
 
     Args:
         events: in file order.
-        ties: what decides between equal times of a user.
+        ties: what decides between equal times of a user; events without a time (0) keep the file's
+            order.
         by_time: False keeps the file's order within a user.
     """
     if not by_time:
@@ -100,7 +101,7 @@ def chronological(
     if ties == "file":
         return order
     users, times = events.user_codes[order], events.times_ms[order]
-    same = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
+    same = (users[1:] == users[:-1]) & (times[1:] == times[:-1]) & (times[1:] != 0)
     tied = np.zeros(len(order), dtype=bool)
     tied[1:] |= same
     tied[:-1] |= same

@@ -86,6 +86,7 @@ class Interactions:
         timestamps: (M,) int64 seconds (0 where the source has none).
         splits: (M,) uint8: 0 train, 1 valid, 2 test; never decreasing within a user.
         num_items: size of the catalogue.
+        ratings: (M,) float32; None where they were not kept.
     """
 
     item_rows: np.ndarray
@@ -93,6 +94,7 @@ class Interactions:
     timestamps: np.ndarray
     splits: np.ndarray
     num_items: int
+    ratings: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.item_rows)
@@ -121,6 +123,7 @@ class Interactions:
             self.timestamps[keep],
             self.splits[keep],
             self.num_items,
+            None if self.ratings is None else self.ratings[keep],
         )
 
     def counts(self) -> np.ndarray:
@@ -152,6 +155,7 @@ class Interactions:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of all arrays."""
+        ratings = () if self.ratings is None else (self.ratings,)
         return fingerprint(
-            self.item_rows, self.offsets, self.timestamps, self.splits, self.num_items
+            self.item_rows, self.offsets, self.timestamps, self.splits, self.num_items, *ratings
         )

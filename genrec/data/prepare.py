@@ -55,11 +55,14 @@ class PrepareConfig(StrictConfig):
     comparisons on large data. null: all users."""
     rating_threshold: float | None = None
     """Events rated lower are left out; null: keep all."""
+    keep_ratings: bool = False
+    """Keep the ratings in the dataset, for instructions that ask for them."""
     duplicates: Literal["first", "last", "keep"] = "first"
     """Several events of one user with one item: keep the first or the last in time, or all."""
     ties: Literal["file", "hash"] | None = None
     """Equal timestamps of a user: order of the file, or MD5 of "user|item"; null: the source's
-    default (hash; file for sequences and for data without timestamps)."""
+    default (hash; file for sequences and for data without timestamps). hash on sequences with
+    timestamps orders by time instead of by the file."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row that cannot be parsed: stop with its number, or leave it out and count it."""
     split: Literal["leave_one_out", "global_time"] = "leave_one_out"
@@ -118,6 +121,7 @@ def prepare(
     source, config = make_source(source), config or PrepareConfig()
     _check(config, source, out, user_map)
     ties = config.ties or source.default_ties
+    by_time = not source.ordered or ties == "hash"
     for file in source.files():
         file.check()
 
@@ -126,12 +130,13 @@ def prepare(
         events = read_events(
             source,
             rating_threshold=config.rating_threshold,
+            keep_ratings=config.keep_ratings,
             bad_rows=config.bad_rows,
             advance=advance,
         )
     facts = events.facts
-    events, counts = _filter(events, config, by_time=not source.ordered)
-    events = events.select(chronological(events, ties, by_time=not source.ordered))
+    events, counts = _filter(events, config, by_time=by_time)
+    events = events.select(chronological(events, ties, by_time=by_time))
 
     # 2. Number users by first appearance and items by id; split.
     users, user_codes = _dense(events.user_codes)
@@ -141,18 +146,23 @@ def prepare(
     seconds = events.times_ms // 1000
     ties_found = tie_statistics(offsets, events.times_ms)
     user_ids = [events.user_ids[code] for code in user_codes] if user_map is not None else []
+    ratings = None if events.ratings is None else events.ratings.astype(np.float32)
     del users, events
     split, parts = _split(config, offsets, seconds)
 
     # 3. Join the items table, describe, write.
     table, items_facts = _catalog(source, item_ids)
-    interactions = Interactions(item_rows, offsets, seconds, parts, len(item_ids))
+    interactions = Interactions(item_rows, offsets, seconds, parts, len(item_ids), ratings)
+    untimed = {}
+    if source.ordered and by_time:
+        untimed = {"users_in_file_order": _untimed_users(offsets, seconds)}
     info = {
         **_description(source, config, facts, ties, source.default_name),
         "split": split,
-        "counts": counts | _sizes(interactions),
+        "counts": counts | _sizes(interactions) | untimed,
         "tie_statistics": ties_found,
         "items_table": items_facts,
+        **({} if ratings is None else {"ratings": "kept"}),
     }
     dataset = Dataset(
         Catalog(table),
@@ -180,10 +190,10 @@ def _check(
             f"valid_fraction, test_fraction: got {config.valid_fraction} and "
             f"{config.test_fraction}, expected a sum below 1: nothing is left for training."
         )
-    if config.ties == "hash" and source.ordered:
+    if config.ties == "hash" and not source.timed:
         raise ConfigError(
             "ties: got 'hash', but this source has no order except the file's, which a hash would "
-            "destroy. Use ties=file, or leave it out."
+            "destroy. Use ties=file, or leave it out; or give timestamps."
         )
     if user_map is not None and out is not None:
         place, folder = Path(user_map).resolve(), Path(out).resolve()
@@ -323,8 +333,14 @@ def _description(
         "bad_rows": {"kinds": facts["bad_rows"], "examples": facts["bad_row_examples"]},
         "duplicates": config.duplicates,
         "ties": ties,
-        "order": "file" if source.ordered else "time",
+        "order": "file" if source.ordered and ties == "file" else "time",
     }
+
+
+def _untimed_users(offsets: np.ndarray, seconds: np.ndarray) -> int:
+    """Return how many users have no times at all, so that the file's order is theirs."""
+    timed = np.add.reduceat((seconds != 0).astype(np.int64), offsets[:-1])
+    return int((timed == 0).sum())
 
 
 def _sizes(interactions: Interactions) -> dict[str, int]:

@@ -1,9 +1,10 @@
 """Source `sequences`: the S3-Rec text format, one line per user: "user item item ...", in order.
 
 Beside it, optionally, `items.jsonl` (one object per item with `item_id`) and `timestamps.jsonl`
-(one object per user: `{"user": 1, "ts": [...]}`). The file's order is the order; timestamps are
-carried along. A user whose timestamps are missing, or not as many as the items, keeps the sequence
-and has none; `facts` says how many.
+(one object per user: `{"user": 1, "ts": [...]}`). The file's order is the order and timestamps are
+carried along, unless ties are broken by hash (`genrec.data.prepare`): then time orders. A user
+whose timestamps are missing, or not as many as the items, keeps the sequence and has none; `facts`
+says how many.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class Sequences(Source):
         return [self._sequences(), *(file for file in beside if file is not None)]
 
     @property
+    def timed(self) -> bool:
+        """With a timestamps file."""
+        return self._beside("timestamps") is not None
+
+    @property
     def time_format(self) -> TimeFormat:
         """Seconds."""
         return "s"
@@ -86,7 +92,8 @@ class Sequences(Source):
         """See `Source.events`."""
         if with_rating:
             raise DataError(
-                "sequences hold no ratings, so a rating threshold cannot be applied. Leave it out."
+                "sequences hold no ratings, so they can neither be kept nor have a threshold. "
+                "Leave rating_threshold and keep_ratings out."
             )
         times = self._timestamps()
         facts = self._facts = {"users_without_timestamps": 0, "users_with_misaligned_timestamps": 0}

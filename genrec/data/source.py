@@ -74,6 +74,11 @@ class Source(ABC):
         return "auto"
 
     @property
+    def timed(self) -> bool:
+        """Whether there are timestamps to order by; ordered sources may have some too."""
+        return not self.ordered
+
+    @property
     def default_ties(self) -> Literal["file", "hash"]:
         """Which tie-break of equal timestamps this source uses when nobody says."""
         return "file" if self.ordered else "hash"

@@ -52,9 +52,10 @@ def beam_search(
     """Return the k best items of each request that a beam of `width` prefixes finds.
 
     A score is the sum of the natural log-probabilities of the codes. Under "renormalized" (default)
-    each is taken among the codes that lead to an item which the request may get, so that the
-    probabilities of these items sum to 1; under "level", among all codes of the level; under "raw",
-    among all tokens of the model. What follows the end of a semantic ID costs nothing.
+    each is taken among the codes that lead to an item of the catalogue, so that the probabilities
+    of all items sum to 1; under "level", among all codes of the level; under "raw", among all
+    tokens of the model. Filters and rules take items away and leave the scores of the others as
+    they are. What follows the end of a semantic ID costs nothing.
 
     Args:
         model: a StepModel, in eval mode.
@@ -231,8 +232,10 @@ class Search:
             expansion = self.constraint.levels[level].expand(nodes_BU.reshape(-1))
             valid_RC = expansion.valid_RC
             if self.rules is not None:
-                valid_RC = self.rules.apply(valid_RC, nodes_BU, rows.live_BU, level)
-            steps_RC = step_logprobs(expansion, valid_RC, logits_RK, self.scoring)
+                valid_RC = self.rules.apply(
+                    expansion, nodes_BU, rows.live_BU, level, static_shapes=self.static_shapes
+                )
+            steps_RC = step_logprobs(expansion, logits_RK, self.scoring)
             scores_BU = front.scores_BW.gather(1, rows.slots_BU)
             valid_RC = valid_RC & rows.live_BU.reshape(-1, 1)
             scores_RC = torch.where(valid_RC, scores_BU.reshape(-1, 1) + steps_RC, -torch.inf)
@@ -318,17 +321,19 @@ class Search:
         )
 
 
-def step_logprobs(
-    expansion: Expansion, valid_RC: Tensor, logits_RK: Tensor, scoring: Scoring
-) -> Tensor:
-    """Return the log-probability of each child, (R, C) float32; undefined where not valid."""
+def step_logprobs(expansion: Expansion, logits_RK: Tensor, scoring: Scoring) -> Tensor:
+    """Return the log-probability of each child, (R, C) float32; undefined where there is none.
+
+    Under "renormalized" it is among all children in the catalogue, whether or not a rule or a
+    filter closes some.
+    """
     logits_RK = logits_RK.float()
     if scoring == "raw":  # normalised by the model; rounding may leave them above 0
         return expansion.at_columns(logits_RK.clamp(max=0))
     if scoring == "level":
         return expansion.at_columns(logits_RK.log_softmax(1))
     logits_RC = expansion.at_columns(logits_RK)
-    return logits_RC.masked_fill(~valid_RC, -torch.inf).log_softmax(1)
+    return logits_RC.masked_fill(~expansion.present_RC, -torch.inf).log_softmax(1)
 
 
 def _places(candidates: _Candidates) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from genrec.decoding.beam import Search
 from genrec.decoding.csr import CSRIndex
-from genrec.decoding.filters import NodeFilter
+from genrec.decoding.filters import PaddedFilter
 from genrec.decoding.protocol import (
     NO_ROW,
     Beams,
@@ -209,7 +209,7 @@ class CapturedSearch:
         """Run one search of fixed shapes; nothing is read back from the device."""
         rules = None
         if bucket.excluded:
-            rules = _Excluded(self.constraint, inputs[1])
+            rules = PaddedFilter(self.constraint, inputs[1])
         search = Search(self.constraint, rules=rules, scoring=self.scoring, static_shapes=True)
         with torch.no_grad(), self._precision():
             logits_BK, state = self.model.begin(self.make_batch(inputs[0]))
@@ -253,14 +253,6 @@ class _Graph:
             buffer.copy_(values)
         self.graph.replay()
         return _mapped(self.beams, Tensor.clone)  # the next replay overwrites the buffers
-
-
-class _Excluded(NodeFilter):
-    """Rows (B, E) that requests may not get, from a tensor alone: fit for a graph."""
-
-    def __init__(self, constraint: CSRIndex, rows_BE: Tensor) -> None:
-        self._allows_B = torch.zeros(len(rows_BE), dtype=torch.bool, device=constraint.device)
-        self._marks = self._compile(constraint, rows_BE)
 
 
 def _matrix(rows: Sequence[np.ndarray], num_rows: int, width: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genrec.decoding.levels import Level, build_level, take
+from genrec.decoding.levels import Level, build_level, node_starts, sorted_items, take
 from genrec.decoding.protocol import Children, Scoring
 from genrec.errors import UserError
 from genrec.item_index import END, ItemIndex
@@ -74,12 +74,11 @@ class CSRIndex:
                 "CSRIndex: got a catalogue of 0 items, expected at least 1. Check the items file "
                 "and the filters of the dataset."
             )
-        order_N = _lexicographic_order(codes_NL, sizes)
-        codes_NL = codes_NL[order_N]
-        starts = _node_starts(codes_NL)
+        order_N, codes_LN = sorted_items(codes_NL, sizes)
+        starts = node_starts(codes_LN)
         _check_unique(starts[-1], order_N)
         levels = [
-            build_level(codes_NL[starts[n + 1], n], starts[n], starts[n + 1], size, len(codes_NL))
+            build_level(codes_LN[n][starts[n + 1]], starts[n], starts[n + 1], size, len(order_N))
             for n, size in enumerate(sizes)
         ]
         spans = [np.diff(start, append=len(codes_NL)) for start in starts]
@@ -88,7 +87,7 @@ class CSRIndex:
             running = (1, *(int((level.codes != END).sum()) for level in levels))
         return cls(
             tuple(levels),
-            torch.from_numpy(order_N.astype(np.int32)),
+            torch.from_numpy(order_N),
             sizes,
             tuple(len(start) for start in starts),
             tuple(int((span > 1).sum()) for span in spans),
@@ -276,6 +275,28 @@ class CSRIndex:
         """Return the sorted positions of catalogue rows, int64 (4 bytes an item on first use)."""
         return take(self._positions_N, rows_X).long()
 
+    def num_allowed_below(self, nodes_X: Tensor, depth: int) -> Tensor:
+        """Return how many items that the rule allows begin with each node's prefix, int64."""
+        if self.num_nodes[depth] <= nodes_X.numel():
+            nodes = torch.arange(self.num_nodes[depth] + 1, device=self.device)
+            return take(self.rank(self.first_position(nodes, depth)).diff(), nodes_X)
+        first_X = self.rank(self.first_position(nodes_X, depth))
+        return self.rank(self.first_position(nodes_X + 1, depth)) - first_X
+
+    def nodes_at(self, positions_X: Tensor, depth: int) -> Tensor:
+        """Return the nodes of one depth above leaves, int64.
+
+        Where the depth has few nodes they are found among these, else level by level from below.
+        """
+        if self.num_nodes[depth] <= positions_X.numel():
+            nodes = torch.arange(self.num_nodes[depth], device=self.device)
+            firsts = self.first_position(nodes, depth)
+            return torch.searchsorted(firsts, positions_X, right=True) - 1
+        nodes_X = positions_X.to(torch.int32)
+        for level in reversed(self.levels[depth:]):
+            nodes_X = torch.searchsorted(level.pointers, nodes_X, right=True, out_int32=True) - 1
+        return nodes_X.long()
+
     def ancestors(self, positions_X: Tensor) -> list[Tensor]:
         """Return the nodes above leaves, int64, one tensor per depth 0 ... L."""
         nodes_X = positions_X.to(torch.int32)
@@ -293,16 +314,6 @@ class CSRIndex:
         return torch.stack([codes.long() for codes in found], dim=-1)
 
 
-def _lexicographic_order(codes_NL: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
-    bits = [max(size - 1, 1).bit_length() for size in sizes]
-    if sum(bits) > 63:
-        return np.lexsort(codes_NL.T[::-1])
-    keys_N = np.zeros(len(codes_NL), dtype=np.int64)
-    for level, width in enumerate(bits):
-        keys_N = (keys_N << width) | codes_NL[:, level]
-    return np.argsort(keys_N, kind="stable")
-
-
 def _check_unique(leaf_starts: np.ndarray, order_N: np.ndarray) -> None:
     """Refuse several items on one leaf: a list of items could not say which of them is meant."""
     if len(leaf_starts) < len(order_N):
@@ -313,15 +324,3 @@ def _check_unique(leaf_starts: np.ndarray, order_N: np.ndarray) -> None:
             f"{order_N[first]} and {order_N[first + 1]} share one. Expected one each: resolve "
             "collisions first (index.collisions=extra_level)."
         )
-
-
-def _node_starts(sorted_NL: np.ndarray) -> list[np.ndarray]:
-    """Return, per depth 0 ... L, the sorted position at which each node begins."""
-    begins_N = np.zeros(len(sorted_NL), dtype=bool)
-    begins_N[0] = True
-    starts = [np.zeros(1, dtype=np.int64)]
-    for level in range(sorted_NL.shape[1]):
-        codes_N = sorted_NL[:, level]
-        begins_N[1:] |= codes_N[1:] != codes_N[:-1]
-        starts.append(np.flatnonzero(begins_N))
-    return starts

@@ -1,8 +1,8 @@
 """What is the exact log-probability of given items, and which list is provably the best?
 
 Scores are evaluated over distinct prefixes, each once; a search widens until its certificate holds
-or it is exhaustive. `score_*` know no filters: items are rated against the whole catalogue, or what
-a restricted view leaves of it.
+or it is exhaustive. `score_*` know no filters, which change no score: items are rated against the
+whole catalogue. What a restricted view denies scores -inf.
 
 Shapes: B requests, C candidates, S slots (distinct prefixes of a request), N items, K codes.
 """
@@ -73,24 +73,22 @@ def score_levels(
     constraint: CSRIndex,
     rows_BC: Tensor,
     *,
-    filters: Filters | None = None,
     scoring: Scoring = "renormalized",
 ) -> Tensor:
     """Return the exact log-probability of each code of given items, given the codes before it.
 
-    With the filters and the scoring of a search, the levels add up to its log-probabilities.
+    With the scoring of a search, the levels add up to its log-probabilities, filtered or not.
 
     Args:
         model: a StepModel, in eval mode.
         batch: B requests.
         constraint: the catalogue.
-        rows_BC: int64 catalogue rows that the filters leave, -1 for none.
-        filters: as in `beam_search`.
+        rows_BC: int64 catalogue rows, -1 for none.
         scoring: as in `beam_search`.
 
     Returns:
-        (B, C, L) float32, L the levels of the constraint; 0 where the row is -1 and where one code
-        was left, -inf where a filter denies the item.
+        (B, C, L) float32, L the levels of the constraint; 0 where the row is -1 and where what
+        follows is certain.
 
     Raises:
         UserError: rows outside the catalogue, or not one list per request.
@@ -98,10 +96,9 @@ def score_levels(
     model = speaker(model, scoring)
     logits_BK, state = model.begin(batch)
     rows_BC = _checked_rows(rows_BC, logits_BK, constraint)
-    rules = None if filters is None else NodeFilter(constraint, filters, len(logits_BK))
     positions_BC = constraint.positions(rows_BC.clamp(min=0))
     parts: list[Tensor] = []
-    _score(model, logits_BK, state, constraint, positions_BC, scoring, rules=rules, parts=parts)
+    _score(model, logits_BK, state, constraint, positions_BC, scoring, parts)
     settled = [torch.zeros_like(parts[0])] * (constraint.depth - len(parts))
     levels_BCL = torch.stack([*parts, *settled], dim=2)
     levels_BCL = levels_BCL.masked_fill((rows_BC < 0)[..., None], 0.0)
@@ -193,8 +190,6 @@ def _score(
     constraint: CSRIndex,
     positions_BC: Tensor,
     scoring: Scoring,
-    *,
-    rules: NodeFilter | None = None,
     parts: list[Tensor] | None = None,
 ) -> Tensor:
     """Add up the steps of the paths to given leaves; one model row per distinct open prefix.
@@ -218,10 +213,7 @@ def _score(
             codes_BS = constraint.levels[depth - 1].codes[nodes_BS].long()
             logits_RK, state = model.step(codes_BS.reshape(-1), state, parents_BS.reshape(-1))
         expansion = level.expand(nodes_BS.reshape(-1))
-        valid_RC = expansion.valid_RC
-        if rules is not None:
-            valid_RC = rules.apply(valid_RC, nodes_BS, _first_of_each(nodes_BS), depth)
-        steps_RC = step_logprobs(expansion, valid_RC, logits_RK, scoring)
+        steps_RC = step_logprobs(expansion, logits_RK, scoring)
         columns_BC = level.columns(path[depth], path[depth + 1])
         # Complete candidates have no row (slot S): they read any cell and add nothing.
         rows_BC = first_B1 * nodes_BS.shape[1] + slots_BC.clamp(max=nodes_BS.shape[1] - 1)
@@ -234,16 +226,6 @@ def _score(
         allowed_BC = constraint.rank(positions_BC + 1) > constraint.rank(positions_BC)
         scores_BC = scores_BC.masked_fill(~allowed_BC, -torch.inf)
     return scores_BC
-
-
-def _first_of_each(nodes_BS: Tensor) -> Tensor:
-    """Return which slots are the first of their node; those of `distinct` ascend, filling follows.
-
-    Filters want the nodes of live rows to differ within a request.
-    """
-    first_BS = torch.ones_like(nodes_BS, dtype=torch.bool)
-    first_BS[:, 1:] = nodes_BS[:, 1:] > nodes_BS.cummax(1).values[:, :-1]
-    return first_BS
 
 
 def distinct(

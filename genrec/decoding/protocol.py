@@ -135,6 +135,31 @@ class Filters:
             return None, np.setdiff1d(allowed, denied, assume_unique=True)
         return denied, allowed
 
+    def flat(self, num_requests: int, num_items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what all requests list, in one sequence.
+
+        Returns:
+            requests (F,) int64 and distinct rows (F,) int64, in no particular order; and which
+            requests allow their rows instead of denying them, (B,) bool.
+
+        Raises:
+            UserError: as `check` and `rows_of_request`.
+        """
+        self.check(num_requests)
+        try:
+            denied = _keys(self.exclude, num_items)
+            allowed = _keys(self.allow, num_items)
+        except ValueError:
+            for request in range(num_requests):
+                self.rows_of_request(request, num_items)
+            raise
+        allows_B = np.array([rows is not None for rows in self.allow or [None] * num_requests])
+        if allows_B.any():
+            allowed = np.setdiff1d(allowed, denied, assume_unique=True)
+            denied = denied[~allows_B[denied // num_items]]
+        requests_F, rows_F = np.divmod(np.concatenate([denied, allowed]), num_items)
+        return requests_F, rows_F, allows_B
+
     def check(self, num_requests: int) -> None:
         """Raise `UserError` unless there is one entry per request."""
         for name, lists in (("exclude", self.exclude), ("allow", self.allow)):
@@ -159,6 +184,19 @@ def _rows(
             "Take rows from the ItemIndex that the constraint was built from (rows_of)."
         )
     return rows
+
+
+def _keys(lists: Sequence[np.ndarray | None] | None, num_items: int) -> np.ndarray:
+    """Return request * N + row of all listed rows, each once; a wrong row is a `ValueError`."""
+    arrays = [
+        np.asarray([] if rows is None else rows, dtype=np.int64).reshape(-1) for rows in lists or []
+    ]
+    rows_F = np.concatenate([np.empty(0, np.int64), *arrays])
+    if len(rows_F) and (rows_F.min() < NO_ROW or rows_F.max() >= num_items):
+        raise ValueError("a row outside the catalogue")
+    keys_F = np.repeat(np.arange(len(arrays)), [len(rows) for rows in arrays]) * num_items + rows_F
+    keys_F = np.sort(keys_F[rows_F != NO_ROW])
+    return keys_F[np.diff(keys_F, prepend=-1) > 0]
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,12 @@ def sample(
     filters: Filters | None = None,
     seed: Seed = 0,
 ) -> Samples:
-    """Draw items of the catalogue, code by code, from the renormalised distribution.
+    """Draw items of the catalogue, code by code, in the model's proportions.
+
+    Each code is drawn among those that lead to an item which the request may get. Without filters
+    and rules these are the probabilities of scoring="renormalized". With them an item is as likely
+    as the codes on its way are beside what is left there, which is not its share of all that is
+    left; for that, draw without filters and drop what is denied.
 
     With replacement every sample is an independent draw (in the order of drawing). Without, items
     of a request differ: the Gumbel-top-k trick over the tree draws exactly as if items were taken

@@ -299,7 +299,7 @@ class DraftedModel:
         parents_R = state.rows.nodes_BX.reshape(-1)[places_R].clamp(min=0)
         expansion = level.expand(parents_R)
         logits_RK = state.rows.logits_RK[places_R]
-        steps_RC = step_logprobs(expansion, expansion.valid_RC, logits_RK, self.scoring)
+        steps_RC = step_logprobs(expansion, logits_RK, self.scoring)
         steps_R = steps_RC.gather(1, level.columns(parents_R, nodes_R)[:, None])[:, 0]
         scores_R = state.rows.scores_BX.reshape(-1)[places_R] + steps_R
         return scores_R.nan_to_num(nan=-torch.inf).view(nodes_BW.shape)
@@ -313,7 +313,7 @@ class DraftedModel:
         not ask for them.
         """
         expansion = self.constraint.levels[depth].expand(nodes_BX.reshape(-1).clamp(min=0))
-        steps_RC = step_logprobs(expansion, expansion.valid_RC, logits_RK, self.scoring)
+        steps_RC = step_logprobs(expansion, logits_RK, self.scoring)
         settled_RC = self.constraint.is_settled(expansion.states(), depth + 1, self.scoring)
         drafted_RC = expansion.valid_RC & ~settled_RC
         grown_RC = torch.where(drafted_RC, scores_BX.reshape(-1, 1) + steps_RC, -torch.inf)

@@ -85,6 +85,13 @@ class Trie:
             rows = [row for row in rows if row in set(allowed.tolist())]
         return Trie(self._codes_NL, self._sizes, rows, self.shared_vocabulary)
 
+    def node_of(self, codes: Sequence[int]) -> int:
+        """Return the node of a prefix that is in the trie."""
+        number = 0
+        for code in codes:
+            number = self._nodes[number].children[code]
+        return number
+
     def largest_below(self, values_N: np.ndarray) -> list[float]:
         """Return, by node, the largest value of the items below it (-inf where there is none)."""
         largest = [-math.inf] * len(self._nodes)
@@ -153,6 +160,7 @@ def reference_beam_search(
 ) -> Beams:
     """Do what `beam.beam_search` does, beam by beam; filters are applied by building a new trie.
 
+    Probabilities stay those of the unfiltered trie, which says what a code competes with.
     `boosts_N` are additive scores by row. The bounds of prefixes are those of the unfiltered trie,
     as in the fast search.
     """
@@ -171,7 +179,7 @@ def reference_beam_search(
             logits_RK, state = model.step(codes_R, state, parents_R)
         for b, (trie, front) in enumerate(zip(tries, fronts, strict=True)):
             logits_WK = logits_RK[b * count : (b + 1) * count].float()
-            grown = _extend(trie, front, logits_WK, level, scoring, first_parent=b * count)
+            grown = _extend(trie, constraint, front, logits_WK, scoring, first_parent=b * count)
             # Python's sort is stable: equal scores stay ordered by parent beam, then by code.
             grown.sort(key=lambda beam: -bound(beam))
             if level < constraint.depth - 1:
@@ -193,12 +201,9 @@ def _bound_of(trie: Trie, boosts_N: np.ndarray | None) -> Callable[[_Beam], floa
     largest = trie.largest_below(boosts_N)
 
     def bound(beam: _Beam) -> float:
-        node = trie.root(1)
-        for level, code in enumerate(beam.codes):
-            children = trie.children(node, level)
-            node = children.states_RC[0][children.codes_RC[0] == code][:1]
         # The sum is rounded as in the fast search.
-        return float(torch.tensor(beam.score) + torch.tensor(largest[int(node)]))
+        largest_below = largest[trie.node_of(beam.codes)]
+        return float(torch.tensor(beam.score) + torch.tensor(largest_below))
 
     return bound
 
@@ -224,22 +229,24 @@ def _model_rows(fronts: list[list[_Beam]], last_count: int) -> tuple[Tensor, Ten
 
 def _extend(
     trie: Trie,
+    whole: Trie,
     front: list[_Beam],
     logits_WK: Tensor,
-    level: int,
     scoring: Scoring,
     first_parent: int,
 ) -> list[_Beam]:
-    """Return every child of every beam of one request."""
+    """Return every child that one request may enter, of every beam of it."""
     grown = []
     for w, beam in enumerate(front):
-        children = trie.children(torch.tensor([beam.state]), level)
+        children = trie.children(torch.tensor([beam.state]), len(beam.codes))
         valid_C = children.valid_RC[0]
         codes_C, states_C = children.codes_RC[0][valid_C], children.states_RC[0][valid_C]
         if len(codes_C) == 0:
             continue
         if scoring == "renormalized":
-            steps_C = logits_WK[w][codes_C].log_softmax(0)
+            among = whole.children(torch.tensor([whole.node_of(beam.codes)]), len(beam.codes))
+            steps_C = logits_WK[w][among.codes_RC[0]].log_softmax(0)
+            steps_C = steps_C[torch.searchsorted(among.codes_RC[0], codes_C)]
         elif trie.shared_vocabulary and beam.codes[-1:] == (END,):
             steps_C = torch.zeros(1)
         elif scoring == "raw":

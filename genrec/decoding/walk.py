@@ -43,7 +43,9 @@ class Walk:
     """Takes the beams of B requests down the tree; the model sees each distinct prefix once.
 
     `nodes_BS` are the beams' nodes; a walk begins with one beam per request at the root. After
-    `num_steps` steps each node holds one item.
+    `num_steps` steps each node holds one item. With `top_p` the steps are probabilities to draw
+    with: among the codes that the request may take, and of these the fewest most likely ones with
+    at least `top_p` together. Without, they are those of the search.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Walk:
         *,
         scoring: Scoring = "renormalized",
         temperature: float = 1.0,
-        top_p: float = 1.0,
+        top_p: float | None = None,
     ) -> None:
         self.model, self.constraint, self.scoring = speaker(model, scoring), constraint, scoring
         self.temperature, self.top_p = temperature, top_p
@@ -117,10 +119,12 @@ class Walk:
         if self.rules is not None:
             used_B1 = torch.where(open_BS, slots_BS, -1).amax(1, keepdim=True)
             live_BU = torch.arange(num_slots, device=self.device) <= used_B1
-            valid_RC = self.rules.apply(valid_RC, nodes_BU, live_BU, level)
+            valid_RC = self.rules.apply(expansion, nodes_BU, live_BU, level)
         logits_RK = self.logits_RK if self.scoring == "raw" else self.logits_RK / self.temperature
-        steps_RC = step_logprobs(expansion, valid_RC, logits_RK, self.scoring)
-        steps_RC = _nucleus(steps_RC.masked_fill(~valid_RC, -torch.inf), self.top_p)
+        steps_RC = step_logprobs(expansion, logits_RK, self.scoring)
+        steps_RC = steps_RC.masked_fill(~valid_RC, -torch.inf)
+        if self.top_p is not None:
+            steps_RC = _nucleus(_among_themselves(steps_RC), self.top_p)
         codes_RC = self.constraint.children(nodes_BU.reshape(-1), level).codes_RC
         shape = *nodes_BU.shape, steps_RC.shape[1]
         at_BS1 = slots_BS.clamp(max=num_slots - 1)[..., None].expand(-1, -1, shape[2])
@@ -164,6 +168,9 @@ def _nucleus(steps_RC: Tensor, top_p: float) -> Tensor:
     before_RC = sorted_RC.exp().cumsum(1) - sorted_RC.exp()
     kept_RC = torch.zeros_like(before_RC, dtype=torch.bool).scatter_(1, order_RC, before_RC < top_p)
     kept_RC[torch.arange(len(kept_RC), device=kept_RC.device), order_RC[:, 0]] = True
-    kept_RC = steps_RC.masked_fill(~kept_RC, -torch.inf)
-    # Rows without any child stay at -inf.
-    return kept_RC - kept_RC.logsumexp(1, keepdim=True).nan_to_num(neginf=0.0, nan=torch.nan)
+    return _among_themselves(steps_RC.masked_fill(~kept_RC, -torch.inf))
+
+
+def _among_themselves(steps_RC: Tensor) -> Tensor:
+    """Return log-probabilities that sum to 1 in each row; rows without any child stay at -inf."""
+    return steps_RC - steps_RC.logsumexp(1, keepdim=True).nan_to_num(neginf=0.0, nan=torch.nan)

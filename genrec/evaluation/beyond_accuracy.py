@@ -1,7 +1,7 @@
 """What stands in a result beside accuracy? The one place that says so, for one set of lists.
 
 It calls the pure functions of this package on the top of each list and leaves out what the data
-does not have (attributes, vectors, codes). Tables do not show these figures; results.json does.
+does not have (attributes, vectors, codes). Tables show those of `PRINTED`, results.json has all.
 
 Shapes: S seeds, U users, k list length, N items, E vector width.
 """
@@ -20,6 +20,13 @@ from genrec.evaluation import exposure as shown
 from genrec.evaluation import groups, list_content, metrics, search_quality, semantic_id_hits
 
 DEPTH = 10
+PRINTED = {
+    "coverage": "coverage",
+    "gini": "Gini",
+    "novelty_bits": "novelty, bits",
+    "average_popularity": "popularity",
+    "long_tail_share": "long tail",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +91,15 @@ def list_figures(rows_Uk: np.ndarray, around: Surroundings, k: int = DEPTH) -> d
     if around.vectors_NE is not None:
         found["diversity_vectors"] = _mean(list_content.vector_diversity(top_Uk, around.vectors_NE))
     return {name: value for name, value in found.items() if np.isfinite(value)}
+
+
+def printed(figures: Mapping[str, Any]) -> list[str]:
+    """Return the figures of `PRINTED` as text, empty where there is none."""
+    values = [figures.get(name) for name in PRINTED]
+    return [
+        "" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+        for value in values
+    ]
 
 
 def semantic_id_figures(

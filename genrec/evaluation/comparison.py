@@ -7,6 +7,7 @@ configurations nor how runs are made; tables of what it found are in `comparison
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from genrec.evaluation.metrics import PRINTED
@@ -33,7 +34,8 @@ def compare(
         JSON types: `dataset`, `protocol`, `seeds`, `reference`, `baselines` (rows as in
         results.json) and `cells`: `name`, `settings`, `rows` (by mode, each with `vs_reference`:
         metric -> difference, ci, p, p_permutation, both also corrected by Holm over the cells as
-        `p_holm` and `p_permutation_holm`, detectable), `tokens` and `timing`.
+        `p_holm` and `p_permutation_holm`, detectable, and `likeness`: its figures beside accuracy),
+        `search` (history length, beam width, scoring), `tokens` and `timing`.
 
     Raises:
         MismatchError: cells of other data or another protocol, with both.
@@ -59,7 +61,11 @@ def compare(
         "protocol": first.results["protocol"],
         "seeds": first.results["seeds"],
         "reference": against.name,
-        "baselines": [row for row in first.results["rows"] if row["name"] != SYSTEM],
+        "baselines": [
+            row | {"likeness": replace(first, system=row["name"]).likeness(row["masked"])}
+            for row in first.results["rows"]
+            if row["name"] != SYSTEM
+        ],
         "cells": lines,
         "versions": first.results["versions"],
     }
@@ -101,11 +107,13 @@ def _line(
         # Results written before figures had it.
         prior = {metric: detectable_prior(values) for metric, values in mine.items()}
         row["detectable"] = {**prior, **row.get("detectable", {})}
+        row["likeness"] = cell.likeness(masked)
         rows.append(row)
     told = cell.results if cell.system == SYSTEM else {}
     return {
         "name": cell.name,
         "settings": dict(cell.settings),
+        "search": cell.search,
         "rows": rows,
         "tokens": told.get("tokens"),
         "timing": told.get("timing"),

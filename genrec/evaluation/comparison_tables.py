@@ -1,6 +1,6 @@
-"""What does a comparison look like? Tables as text and Markdown, a page with pictures.
+"""What does a comparison look like as text? Tables, and a Markdown document of them.
 
-It shows what `comparison.py` found and computes nothing.
+It shows what `comparison.py` found and computes nothing; the page is in `comparison_page.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from genrec.evaluation import markup, plots
+from genrec.evaluation import beyond_accuracy, runs
 from genrec.evaluation.comparison import noise
 from genrec.evaluation.metrics import PRINTED
 
 MAX_LEVELS = 4
+LIKENESS = "What the first ten places of the lists are like (all lists together):"
+APART = (
+    "The cells below were evaluated on other data or under another protocol: compare them with "
+    "each other, not with those above."
+)
+SEARCH = (
+    "Settings of each model, and milliseconds per request of the search of the test users (a "
+    "request's share of its batch; mean over seeds and ways of ranking)."
+)
 
 
 def to_markdown(found: Mapping[str, Any]) -> str:
@@ -33,11 +42,20 @@ def to_markdown(found: Mapping[str, Any]) -> str:
         parts.append(f"## Seen items {'left out' if masked else 'kept in'}")
         parts.append(_markdown_table(*result_table(found, masked)))
         parts += [noise_sentence(found, metric, masked) for metric in PRINTED]
-    tokens = _token_table(found)
+        likeness = likeness_table(found, masked)
+        if likeness[1]:
+            parts += [LIKENESS, _markdown_table(*likeness)]
+    search = search_table(found)
+    if search[1]:
+        parts += ["## Search", SEARCH, _markdown_table(*search)]
+    tokens = token_table(found)
     if tokens[1]:
         parts += ["## Tokens", _markdown_table(*tokens)]
     for name, text in (found.get("failed") or {}).items():
         parts.append(f"`{name}` failed:\n\n```\n{text}\n```")
+    for other in found.get("others") or []:
+        parts.append(f"---\n\n{APART}")
+        parts.append(to_markdown({**other, "name": f"{found['name']}: {other['what']}"}).strip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -102,7 +120,39 @@ def paired_table(
     return columns, rows
 
 
-def _token_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def likeness_table(found: Mapping[str, Any], masked: bool) -> tuple[list[str], list[list[str]]]:
+    """Return heads and lines of what the first places of lists are like, baselines too, as text."""
+    cells = [
+        (cell["name"], next(r for r in cell["rows"] if r["masked"] == masked))
+        for cell in found["cells"]
+    ]
+    cells += [(f"({row['name']})", row) for row in found["baselines"] if row["masked"] == masked]
+    rows = [
+        [name, *beyond_accuracy.printed(row["likeness"])]
+        for name, row in cells
+        if row.get("likeness")
+    ]
+    return ["", *beyond_accuracy.PRINTED.values()], rows
+
+
+def search_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and lines of how each cell searched and what a request took, as text."""
+    columns = ["", "history", "beam", "scoring", "p50, ms", "p95, ms", "device"]
+    rows = []
+    for cell in found["cells"]:
+        told = cell["search"]
+        measured = (cell.get("timing") or {}).get("latency") or []
+        if not told and not measured:
+            continue
+        shown = [str(told.get(name, "")) for name in runs.SEARCH]
+        for name in ("p50_ms", "p95_ms"):
+            shown.append(f"{np.mean([each[name] for each in measured]):.2f}" if measured else "")
+        rows.append([cell["name"], *shown, ", ".join({each["device"]: None for each in measured})])
+    return columns, rows
+
+
+def token_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and lines of what the codes of each cell are like, as text."""
     columns = [
         "",
         "levels",
@@ -160,71 +210,3 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines)
-
-
-def to_html(found: Mapping[str, Any], axes: Sequence[str] = ()) -> str:
-    """Return the comparison as one self-contained page.
-
-    Args:
-        found: what `compare` returned, with a `name`.
-        axes: dotted keys of a grid; each numeric one gets a picture of the metric against it.
-    """
-    body = [f"<header><h1>{markup.esc(found['name'])}</h1></header>"]
-    for masked in modes(found):
-        how = "left out" if masked else "kept in"
-        columns, rows = result_table(found, masked)
-        caption = f"{found['dataset']['name']}: test, full ranking, seen items {how}"
-        shown = markup.table(
-            caption,
-            columns,
-            [[markup.esc(c) for c in row] for row in rows],
-            ours=[row[0] == found["reference"] for row in rows],
-        )
-        body.append(
-            markup.section(
-                f"results-{how[:4]}", f"Seen items {how}", shown, *_pictures(found, masked, axes)
-            )
-        )
-    columns, rows = _token_table(found)
-    if rows:
-        cells = [[markup.esc(c) for c in row] for row in rows]
-        body.append(markup.section("tokens", "Tokens", markup.table("Tokens", columns, cells)))
-    body.append(
-        markup.section(
-            "protocol",
-            "Protocol",
-            markup.definitions(found["protocol"]),
-            markup.definitions(found["versions"]),
-        )
-    )
-    for name, text in (found.get("failed") or {}).items():
-        body.append(
-            markup.section(f"failed-{name}", f"{name} failed", f"<pre>{markup.esc(text)}</pre>")
-        )
-    return markup.page(str(found["name"]), "\n".join(body))
-
-
-def _pictures(found: Mapping[str, Any], masked: bool, axes: Sequence[str]) -> list[str]:
-    if not plots.have_matplotlib():
-        return [markup.paragraph("Install genrec with the extra `plots` to see pictures.")]
-    mode = "masked" if masked else "unmasked"
-    rows = [
-        (cell["name"], next(r for r in cell["rows"] if r["masked"] == masked), cell["settings"])
-        for cell in found["cells"]
-    ]
-    points = [(name, row["ndcg@10"], row["ndcg@10_ci"]) for name, row, _ in rows]
-    lines = {b["name"]: b["ndcg@10"] for b in found["baselines"] if b["masked"] == masked}
-    made = [
-        markup.figure(
-            plots.intervals(points, lines, "NDCG@10", f"cells-{mode}"),
-            "NDCG@10 of every cell with its interval; the table has the figures.",
-            "NDCG@10 with 95% intervals; broken lines are baselines.",
-        )
-    ]
-    for number, axis in enumerate(axes):
-        known = [(s[axis], r["ndcg@10"], r["ndcg@10_ci"]) for _, r, s in rows if axis in s]
-        if known and all(isinstance(x, int | float) for x, _, _ in known):
-            svg = plots.metric_against(known, axis, "NDCG@10", f"axis-{mode}-{number}")
-            alt = f"NDCG@10 against {axis}; the table has the figures."
-            made.append(markup.figure(svg, alt, f"NDCG@10 against {axis}, every cell of the grid."))
-    return made

@@ -45,6 +45,7 @@ def evaluate_scores(
     ties: TiePolicy = "expected_rank",
     chunk: int = 128,
     on_progress: Callable[[int], None] | None = None,
+    out_rows: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Rank the whole catalogue for every example and return metrics per user.
 
@@ -57,6 +58,7 @@ def evaluate_scores(
             tables of docs/evaluation.md), or "expected_metric", the metric's mean over them.
         chunk: users scored at a time; memory is about 3 * chunk * N * 8 bytes.
         on_progress: called with the number of users done after each chunk.
+        out_rows: (U, k) int, filled with each user's best items by `best_rows`.
 
     Returns:
         `recall@k`, `ndcg@k` and `mrr@k` for each k: (U,) float64.
@@ -79,12 +81,41 @@ def evaluate_scores(
         if mask_seen:
             scores_BN = mask_histories(scores_BN, histories)
         above_B, tied_B = tied_ranks(scores_BN, examples.target_rows[start:stop])
+        if out_rows is not None:
+            out_rows[start:stop] = best_rows(scores_BN, out_rows.shape[1])
         above.append(above_B)
         tied.append(tied_B)
         if on_progress is not None:
             on_progress(stop - start)
     above_U, tied_U = np.concatenate(above), np.concatenate(tied)
     return _metrics(above_U, tied_U, ks, ties)
+
+
+def best_rows(scores_BN: np.ndarray, k: int) -> np.ndarray:
+    """Return the k best items of each user, (B, k) int64; equal scores by ascending row.
+
+    Places without an item are -1: beyond N, and where a score is -inf (a seen item).
+    """
+    import torch
+
+    found_Bk = np.full((len(scores_BN), k), -1, np.int64)
+    k = min(k, scores_BN.shape[1])
+    more = min(k + 1, scores_BN.shape[1])  # one more tells whether the last place is tied
+    top = torch.topk(torch.from_numpy(np.ascontiguousarray(scores_BN)), more, dim=1)
+    values, rows = top.values.numpy(), top.indices.numpy()
+    order = np.lexsort((rows, -values), axis=-1)
+    found_Bk[:, :k] = np.take_along_axis(rows, order, 1)[:, :k]
+    torn_B = values[:, k - 1] == values[:, more - 1] if more > k else np.zeros(len(values), bool)
+    for user in np.flatnonzero(torn_B):
+        scores_N = scores_BN[user]
+        last = values[user, k - 1]
+        above = np.flatnonzero(scores_N > last)
+        tied = np.flatnonzero(scores_N == last)[: k - len(above)]
+        chosen = np.concatenate([above, tied])
+        found_Bk[user, :k] = chosen[np.argsort(-scores_N[chosen], kind="stable")]
+    listed = np.where(found_Bk >= 0, np.take_along_axis(scores_BN, found_Bk.clip(0), 1), -np.inf)
+    found_Bk[listed == -np.inf] = -1
+    return found_Bk
 
 
 def _metrics(

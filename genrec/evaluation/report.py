@@ -14,6 +14,7 @@ from typing import Any
 
 from genrec.artifacts import write_text_atomic
 from genrec.evaluation import comparison_tables, markup, plots
+from genrec.evaluation import report_results as tables
 from genrec.evaluation import report_sections as sections
 from genrec.evaluation.report_calibration import calibration
 from genrec.evaluation.report_parts import (
@@ -25,7 +26,7 @@ from genrec.evaluation.report_parts import (
     Sample,
     SharedPrefix,
 )
-from genrec.evaluation.report_sections import OURS, seen
+from genrec.evaluation.report_results import OURS, seen
 
 __all__ = [
     "Curve",
@@ -110,13 +111,13 @@ def render_runs(title: str, pages: Sequence[Page], comparison: Mapping[str, Any]
 def _shown(results: Mapping[str, Any], parts: ReportParts) -> list[tuple[str, str, list[str]]]:
     """Return id, title and content of the sections that have some."""
     makers: list[tuple[str, str, Callable[[Mapping[str, Any], ReportParts], list[str]]]] = [
-        ("results", "Results", sections.results),
+        ("results", "Results", tables.results),
         ("groups", "For whom does it work?", sections.groups),
         ("samples", "Sample recommendations", sections.samples),
         ("calibration", "Do the probabilities hold?", calibration),
         ("training", "Training", sections.training),
         ("codes", "Use of codes", sections.codes),
-        ("latency", "Speed", sections.latency),
+        ("latency", "Speed", tables.latency),
         ("data", "Data", sections.data),
         ("protocol", "Protocol", sections.protocol),
         ("repeat", "To repeat this", sections.repeat),

@@ -1,7 +1,7 @@
 """How does a report show whether probabilities hold? The calibration section as pieces of HTML.
 
-It formats what `genrec.evaluation.reliability` and `genrec.pipeline.calibrating` found and computes
-nothing; figures that a result does not have are left out.
+It formats what `genrec.evaluation.reliability` and `genrec.pipeline.calibration_figures` found and
+computes nothing; figures that a result does not have are left out.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ SYSTEM = "genrec"
 RESULTS, PER_USER = "results.json", "per_user.parquet"
 # What two results must share: the data with its splits, and how they were ranked.
 PROTOCOL = ("split", "ties", "duplicates", "filters", "ranking", "hit", "targets", "test_history")
+# What they may differ in, and a reader must see.
+SEARCH = ("max_history", "beam_width", "scoring")
 KEYS = ("name", "seed", "masked", "user_row")
 
 
@@ -53,6 +55,31 @@ class Cell:
         """Return its row of results.json."""
         rows = self.results["rows"]
         return dict(next(r for r in rows if r["name"] == self.system and r["masked"] == masked))
+
+    def likeness(self, masked: bool) -> dict[str, Any]:
+        """Return what its lists are like beside accuracy; {} where its results do not say."""
+        modes = self.results.get("beyond_accuracy") or {}
+        figures = modes.get("masked" if masked else "unmasked") or {}
+        return dict(figures.get(self.system) or {})
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What another cell must share to be compared with it: data set and protocol."""
+        protocol = self.results["protocol"]
+        return {"data set": _data(self), **{key: protocol.get(key) for key in PROTOCOL}}
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """How its lists were searched: settings of the model, {} for a baseline.
+
+        Runs that differ here may be compared: it is part of what is compared.
+        """
+        if self.system != SYSTEM:
+            return {}
+        told = dict(self.results["protocol"])
+        config = (self.results.get("config") or {}).get("decoding") or {}
+        told.setdefault("scoring", config.get("scoring"))  # results written before it stood there
+        return {name: told[name] for name in SEARCH if told.get(name) is not None}
 
     def values(self, metric: str, masked: bool) -> np.ndarray:
         """Return a metric by seed and user, (S, U), users in ascending order of their row.
@@ -136,11 +163,11 @@ def check_comparable(one: Cell, other: Cell, *, same_seeds: bool = False) -> Non
     Raises:
         MismatchError: with what each of them has.
     """
-    checks: dict[str, tuple[Any, Any]] = {"data set": (_data(one), _data(other))}
+    checks: dict[str, tuple[Any, Any]] = {
+        what: (value, other.conditions[what]) for what, value in one.conditions.items()
+    }
     if same_seeds:
         checks["seeds"] = (list(one.results["seeds"]), list(other.results["seeds"]))
-    for key in PROTOCOL:
-        checks[key] = (one.results["protocol"].get(key), other.results["protocol"].get(key))
     for what, (a, b) in checks.items():
         if a != b:
             raise MismatchError(

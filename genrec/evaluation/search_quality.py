@@ -31,7 +31,7 @@ def certified_share(certified_U: np.ndarray) -> float:
 
 
 def latency(seconds: np.ndarray) -> dict[str, Any]:
-    """Return what requests took: mean, median, 90th and 99th percentile, in milliseconds.
+    """Return what requests took: mean, median, 95th and 99th percentile, in milliseconds.
 
     Args:
         seconds: (U,) of one request each. The 99th percentile of fewer than 100 is their maximum,
@@ -46,11 +46,11 @@ def latency(seconds: np.ndarray) -> dict[str, Any]:
             f"latency: got {len(seconds)} timings, expected at least one, in seconds, none "
             "negative or NaN."
         )
-    p50, p90, p99 = np.percentile(seconds, [50, 90, 99]) * 1e3
+    p50, p95, p99 = np.percentile(seconds, [50, 95, 99]) * 1e3
     return {
         "num_requests": len(seconds),
         "mean_ms": float(seconds.mean() * 1e3),
         "p50_ms": float(p50),
-        "p90_ms": float(p90),
+        "p95_ms": float(p95),
         "p99_ms": float(p99),
     }

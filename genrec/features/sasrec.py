@@ -50,6 +50,9 @@ class SASRecConfig(StrictConfig):
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """null: a score is the dot product of hidden state and item embedding (paper). A number: their
     cosine divided by it (0.05 in the SASRec of Zhai et al. 2024, 2402.17152)."""
+    repeat_bias: bool = False
+    """Learn how much more or less likely an item becomes by standing in the history, by how long
+    ago (the paper's model has nothing of the kind). Not for bce."""
     epochs: int = Field(default=100, ge=1)
     """Most passes over the training sequences."""
     batch_targets: int = Field(default=1024, ge=1)
@@ -74,7 +77,9 @@ class SASRecConfig(StrictConfig):
         return self.num_negatives or (1 if self.loss == "bce" else 512)
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
+    def _fits(self) -> Self:
+        if self.repeat_bias and self.loss == "bce":
+            raise ValueError("repeat_bias needs the loss softmax or sampled_softmax, got bce")
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model={self.d_model} is no multiple of num_heads={self.num_heads}")
         return self

@@ -3,7 +3,7 @@
 Sequences are padded on the right: attention is causal, so padding is never seen by what comes
 before it, and no mask is needed.
 
-Shapes: B sequences, T places, P places with a target, N items, D width, M negatives.
+Shapes: B sequences, T places, P places with a target, N items, D width, M random negatives.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from genrec.repeats import RepeatBias
+from genrec.sampled_softmax import sampled_logits, seen_items
 
 if TYPE_CHECKING:
     from genrec.features.sasrec import SASRecConfig
@@ -74,6 +77,8 @@ class Network(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.norm_in = nn.Identity() if config.pre_norm else nn.LayerNorm(config.d_model)
         self.norm_out = nn.LayerNorm(config.d_model) if config.pre_norm else nn.Identity()
+        if config.repeat_bias:
+            self.repeats = RepeatBias(config.max_history + 1)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INIT_STD)
@@ -109,24 +114,64 @@ class Network(nn.Module):
             generator: draws negatives.
         """
         real_BT = targets_BT >= 0
-        query_PD, targets_P = self.queries(self(items_BT)[real_BT]), targets_BT[real_BT]
-        items_ND = self.item_outputs()
+        query_BTD = self.queries(self(items_BT))
         if self.config.loss == "softmax":
-            return F.cross_entropy(query_PD @ items_ND.T, targets_P)
+            logits = self._all_logits(query_BTD, items_BT, real_BT)
+            return F.cross_entropy(logits, targets_BT[real_BT])
         if self.config.loss == "sampled_softmax":
-            negatives_M = self._negatives(generator).to(targets_P.device)
-            return sampled_softmax(query_PD, items_ND, targets_P, negatives_M)
+            negatives_M = self._negatives(generator).to(targets_BT.device)
+            logits = self._sampled_logits(query_BTD, items_BT, targets_BT, negatives_M)
+            return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64))
+        query_PD, targets_P = query_BTD[real_BT], targets_BT[real_BT]
         shape = (len(targets_P), self.config.negatives)
         draws = torch.randint(max(1, self.items.num_embeddings - 1), shape, generator=generator)
         negatives_PM = draws.to(targets_P.device)
         negatives_PM = negatives_PM + (negatives_PM >= targets_P[:, None])  # never the target
         negatives_PM = negatives_PM.clamp(max=self.items.num_embeddings - 1)
-        return binary_cross_entropy(query_PD, items_ND, targets_P, negatives_PM)
+        return binary_cross_entropy(query_PD, self.item_outputs(), targets_P, negatives_PM)
+
+    def _all_logits(self, query_BTD: Tensor, items_BT: Tensor, real_BT: Tensor) -> Tensor:
+        """Return logits (P, N) of all items at the real places."""
+        logits_PN = query_BTD[real_BT] @ self.item_outputs().T
+        if not self.config.repeat_bias:
+            return logits_PN
+        bias_PT = self.repeats.between(_longer(items_BT))[:, 1:, :-1][real_BT]
+        rows_PT = items_BT[:, None].expand(-1, items_BT.shape[1], -1)[real_BT]
+        return logits_PN.scatter_add(1, rows_PT, bias_PT)
+
+    def _sampled_logits(
+        self, query_BTD: Tensor, items_BT: Tensor, targets_BT: Tensor, negatives_M: Tensor
+    ) -> Tensor:
+        """Return logits (P, 1 + M + T) of the target, drawn and seen items at the real places."""
+        items_ND, real_BT = self.item_outputs(), targets_BT >= 0
+        target_scores_BT = (query_BTD * F.embedding(targets_BT.clamp(min=0), items_ND)).sum(-1)
+        seen_scores_BTT = query_BTD @ F.embedding(items_BT, items_ND).transpose(1, 2)
+        if self.config.repeat_bias:
+            longer = _longer(items_BT)
+            same_BTT = items_BT[:, None] == targets_BT[..., None]
+            bias_BTT = self.repeats.between(longer)[:, 1:, :-1]
+            target_scores_BT = target_scores_BT + (bias_BTT * same_BTT).sum(-1)
+            seen_scores_BTT = seen_scores_BTT + self.repeats.of_items(longer)[:, 1:, :-1]
+        read_TT = torch.ones_like(items_BT[0, :, None] == items_BT[0]).tril()
+        return sampled_logits(
+            target_scores_BT[real_BT],
+            query_BTD[real_BT] @ items_ND[negatives_M].T,
+            seen_scores_BTT[real_BT],
+            targets_P=targets_BT[real_BT],
+            drawn_M=negatives_M,
+            seen_PT=seen_items(items_BT, read_TT)[real_BT],
+            num_items=len(items_ND),
+        )
 
     def _negatives(self, generator: torch.Generator) -> Tensor:
         """Return M different items, every set equally likely."""
         num_items = self.items.num_embeddings
         return torch.randperm(num_items, generator=generator)[: self.config.negatives]
+
+
+def _longer(items_BT: Tensor) -> Tensor:
+    """Return sequences with a place more: a place reads itself, the next has it before it."""
+    return F.pad(items_BT, (0, 1))
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -142,30 +187,6 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
     return x * ((bits >= round(rate * 65536) - 32768) * (1 / (1 - rate)))
-
-
-def sampled_softmax(
-    hidden_PD: Tensor, items_ND: Tensor, targets_P: Tensor, negatives_M: Tensor
-) -> Tensor:
-    """Return cross-entropy over the target and items that all places of the batch share.
-
-    The negatives stand for all N - 1 other items, so their logits rise by the logarithm of how many
-    each stands for (Bengio and Senecal 2008, for uniform draws): with all items as negatives this
-    is exactly the full softmax.
-
-    Args:
-        hidden_PD: hidden states.
-        items_ND: item embeddings.
-        targets_P: target rows.
-        negatives_M: different item rows; a place's own target among them is left out there.
-    """
-    others = items_ND.shape[0] - 1
-    positive_P1 = (hidden_PD * items_ND[targets_P]).sum(-1, keepdim=True)
-    own_PM = negatives_M == targets_P[:, None]
-    drawn_P1 = (~own_PM).sum(-1, keepdim=True).clamp(min=1)
-    logits_PM = hidden_PD @ items_ND[negatives_M].T + torch.log(others / drawn_P1)
-    logits = torch.cat([positive_P1, logits_PM.masked_fill(own_PM, -torch.inf)], dim=1)
-    return F.cross_entropy(logits, torch.zeros_like(targets_P))
 
 
 def binary_cross_entropy(

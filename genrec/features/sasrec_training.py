@@ -202,7 +202,13 @@ def score(network: Network, histories: Sequence[np.ndarray]) -> Iterator[Tensor]
         items_BT[np.arange(items_BT.shape[1]) < lengths[:, None]] = np.concatenate(recent)
         hidden_BTD = network(torch.from_numpy(items_BT).to(device))
         last_BD = hidden_BTD[torch.arange(len(recent)), torch.from_numpy(lengths - 1)]
-        yield network.queries(last_BD) @ network.item_outputs().T
+        scores_BN = network.queries(last_BD) @ network.item_outputs().T
+        if network.config.repeat_bias:
+            exists_BT = np.arange(items_BT.shape[1]) < lengths[:, None]
+            history_BT = torch.from_numpy(np.where(exists_BT, items_BT, -1)).to(device)
+            bias_BT = network.repeats.of_history(history_BT)
+            scores_BN = scores_BN.scatter_add(1, history_BT.clamp(min=0), bias_BT)
+        yield scores_BN
 
 
 def validate(

@@ -1,6 +1,6 @@
 """Backbone: what a network must do to be trained and searched, and what all of them share.
 
-Owns where the code tokens stand in a model's vocabulary, the loss per item and the batch format.
+Owns where the code tokens stand in a model's vocabulary and the loss per item.
 Two kinds follow: `genrec.models.scratch` brings a table of its own (two special tokens, then the
 codes of all levels), `genrec.models.pretrained` stands on a language model from elsewhere. It knows
 nothing about tries, beams, optimizers or item ids: a history is item rows, an answer is logits over
@@ -15,106 +15,50 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from genrec.config import StrictConfig
-from genrec.errors import UserError
+from genrec.errors import ConfigError, UserError
 from genrec.item_index import END, ItemIndex, level_offsets
+from genrec.models.batch import (
+    IGNORED,
+    Batch,
+    LossOutput,
+    Order,
+    RequestContext,
+    Targets,
+    Truncation,
+    choice_nll,
+    keep,
+    keep_last,
+    pad_histories,
+)
 from genrec.models.catalogue_tree import CatalogueTree
 
 if TYPE_CHECKING:
     from genrec.data import Catalog
 
+__all__ = [
+    "FIRST_TOKEN",
+    "IGNORED",
+    "PAD",
+    "START",
+    "Backbone",
+    "Batch",
+    "LossOutput",
+    "RequestContext",
+    "Targets",
+    "keep_last",
+    "pad_histories",
+]
+
 PAD, START, FIRST_TOKEN = 0, 1, 2
-IGNORED = -100  # what torch's cross_entropy skips
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Histories, and for training optionally what follows them.
-
-    Args:
-        history_BH: int64 item rows, oldest first, right-padded with -1; a row of only -1 is an
-            empty history.
-        target_B: int64 item rows to predict; needed by `loss` where `training_unit` is "target".
-    """
-
-    history_BH: Tensor
-    target_B: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.history_BH.shape[0]
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """Return the batch on `device`."""
-        target = self.target_B
-        return Batch(
-            self.history_BH.to(device, non_blocking=non_blocking),
-            None if target is None else target.to(device, non_blocking=non_blocking),
-        )
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """Negative log-likelihood of items in nats; `loss` is the mean of -log p(item).
-
-    Args:
-        loss: scalar, `loss_sum / num_targets` (0 for a batch without targets).
-        loss_sum: scalar, summed over levels and items.
-        num_targets: int64 scalar, number of items predicted. Both are needed to average exactly
-            over accumulated batches and processes.
-    """
-
-    loss: Tensor
-    loss_sum: Tensor
-    num_targets: Tensor
-
-    @classmethod
-    def of(cls, loss_sum: Tensor, num_targets: Tensor) -> LossOutput:
-        """Divide, without a host synchronisation and without 0/0."""
-        return cls(loss_sum / num_targets.clamp(min=1), loss_sum, num_targets)
-
-
-def pad_histories(
-    histories: Sequence[np.ndarray | Sequence[int]],
-    max_history: int,
-    *,
-    targets: Sequence[int] | np.ndarray | None = None,
-) -> Batch:
-    """Collate histories of item rows into a right-padded batch.
-
-    Args:
-        histories: B arrays of item rows, oldest first; may be empty.
-        max_history: only the last `max_history` items of each are kept.
-        targets: B item rows.
-
-    Returns:
-        a CPU batch as wide as its longest kept history (at least 1).
-
-    >>> pad_histories([[4, 5, 6], []], max_history=2).history_BH.tolist()
-    [[5, 6], [-1, -1]]
-    """
-    kept = [np.asarray(h, dtype=np.int64)[-max_history:] for h in histories]
-    padded = np.full((len(kept), max((len(h) for h in kept), default=1) or 1), -1, dtype=np.int64)
-    for row, history in zip(padded, kept, strict=True):
-        row[: len(history)] = history
-    target_B = None if targets is None else torch.as_tensor(np.asarray(targets, dtype=np.int64))
-    return Batch(torch.from_numpy(padded), target_B)
-
-
-def keep_last(history_BH: Tensor, limit: int) -> Tensor:
-    """Return the last `limit` items of each right-padded history, right-padded again."""
-    if history_BH.shape[1] <= limit:
-        return history_BH
-    start_B1 = ((history_BH >= 0).sum(1, keepdim=True) - limit).clamp(min=0)
-    return history_BH.gather(1, start_B1 + torch.arange(limit, device=history_BH.device))
 
 
 class Backbone(nn.Module, ABC):
@@ -140,6 +84,23 @@ class Backbone(nn.Module, ABC):
         softmax: Literal["level", "vocabulary", "trie"] = "level"
         """Training loss normalises over the codes of the level, over all tokens, or over those
         codes only that lead on to an item of the catalogue (as the constrained search does)."""
+        label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+        """Share of each training target that is spread evenly over the codes that the softmax
+        normalises over (Szegedy et al. 2016)."""
+        loss_temperature: float = Field(default=1.0, gt=0.0)
+        """Training logits are divided by it (LETTER's ranking-guided loss); below 1, close rivals
+        of a target weigh more. Search and evaluation do not use it."""
+        truncation: Truncation = "last"
+        """Which items of a longer history the model sees: its last ones, its first ones, or a
+        quarter from its beginning and the rest from its end."""
+        history_order: Order = "chronological"
+        """Order in which a history is read; reversed: the last item first, for backbones that
+        train on one target at a time."""
+
+        @property
+        def needs_vectors(self) -> bool:
+            """Whether training reads the catalogue's vectors."""
+            return False
 
         def reads(self, catalog: Catalog) -> dict[str, str]:
             """Return digests of what else decides where training starts, for keys of results."""
@@ -168,6 +129,7 @@ class Backbone(nn.Module, ABC):
         first_token: int = FIRST_TOKEN,
     ) -> None:
         super().__init__()
+        self._check_order(config)
         self.config = config
         self.first_token = first_token
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
@@ -218,6 +180,37 @@ class Backbone(nn.Module, ABC):
 
     def start_from(self, catalog: Catalog) -> None:
         """Start weights from what is known of the items, before training; the default does not."""
+
+    @property
+    def reads_times(self) -> bool:
+        """Whether `Batch.times_BH` changes what the model answers."""
+        return False
+
+    def meet_users(self, users: Sequence[str], has_history_U: np.ndarray) -> None:
+        """Take in the users of the training data, before training; the default does not.
+
+        Args:
+            users: what each user is called; hashed, never kept.
+            has_history_U: bool, whether there is anything to learn of them.
+        """
+
+    def user_rows(self, users: Sequence[str | None]) -> np.ndarray | None:
+        """Return users' rows in the model's user table, (B,) int64, 0 = unknown; None: no table."""
+        return None
+
+    def read_history(self, history_BH: Tensor) -> Tensor:
+        """Return the part of right-padded histories that the model reads, in its order."""
+        config = self.config
+        return keep(history_BH, config.max_history, config.truncation, config.history_order)
+
+    @classmethod
+    def _check_order(cls, config: Config) -> None:
+        if config.history_order == "reversed" and cls.training_unit == "sequence":
+            raise ConfigError(
+                f"model.history_order: got 'reversed' for a {cls.__name__}, which learns every "
+                "item from those before it in one pass, expected 'chronological'. Leave it out, or "
+                "choose a backbone with one target per example (model.name=encoder_decoder)."
+            )
 
     def _checked(self, tokens_NL: Tensor) -> Tensor:
         tokens_NL = torch.as_tensor(tokens_NL, dtype=torch.int64) + self.first_token
@@ -276,8 +269,36 @@ class Backbone(nn.Module, ABC):
         return view
 
     def forward(self, batch: Batch) -> LossOutput:
-        """Return `loss(batch)`: wrappers such as DistributedDataParallel call the module."""
-        return self.loss(batch)
+        """Return `loss(batch)`: wrappers such as DistributedDataParallel call the module.
+
+        Without `targets`: wrappers watch over all that a module hands out.
+        """
+        return replace(self.loss(batch), targets=None)
+
+    def item_representations(self, rows: Tensor) -> Tensor:
+        """Return what items are in the model's input, (...) -> (..., D): their codes' mean.
+
+        For objectives of training; anything where a row is negative.
+
+        Raises:
+            ConfigError: a backbone that has no such vectors.
+        """
+        raise ConfigError(
+            f"trainer.objectives: a {type(self).__name__} has no vectors of items, expected a "
+            "backbone that has. Leave out item_text and reconstruction, or choose another model."
+        )
+
+    def checkpoint_gradients(self, enabled: bool) -> None:
+        """Compute activations twice while training, to save memory, or no longer do so.
+
+        Raises:
+            ConfigError: a backbone that cannot.
+        """
+        if enabled:
+            raise ConfigError(
+                f"trainer.gradient_checkpointing: got true for a {type(self).__name__}, which "
+                "cannot. Set it to false, and trainer.accumulation higher."
+            )
 
     @property
     @abstractmethod
@@ -307,7 +328,9 @@ class Backbone(nn.Module, ABC):
             logits = logits - self.vocabulary_scores(hidden).logsumexp(-1, keepdim=True)
         return logits
 
-    def items_nll(self, hidden_MLD: Tensor, rows_M: Tensor, valid_M: Tensor) -> LossOutput:
+    def items_nll(
+        self, hidden_MLD: Tensor, rows_M: Tensor, valid_M: Tensor, weights_M: Tensor | None = None
+    ) -> LossOutput:
         """Return the loss of M items from the hidden states that predict their tokens.
 
         Args:
@@ -315,10 +338,11 @@ class Backbone(nn.Module, ABC):
                 loss of these.
             rows_M: int64 item rows (anything where not valid).
             valid_M: bool, which items count.
+            weights_M: float32, how much each valid item counts; None: 1.
         """
         total = hidden_MLD.new_zeros((), dtype=torch.float32)
-        rows_M, counts_M = rows_M.clamp(min=0), valid_M
-        tokens_ML = self.tokens_NL[rows_M]
+        known_M, counts_M = rows_M.clamp(min=0), valid_M
+        tokens_ML = self.tokens_NL[known_M]
         for level in range(hidden_MLD.shape[1]):
             if level and self.shared_vocabulary:  # what follows the end of a semantic ID is certain
                 counts_M = counts_M & (tokens_ML[:, level - 1] != self.first_token + END)
@@ -329,7 +353,36 @@ class Backbone(nn.Module, ABC):
                 logits = self.level_logits(hidden_MD, level)
                 target_M = target_M - self._first_tokens[level]
             if self.config.softmax == "trie":
-                logits = self.catalogue_tree.keep_children(logits, rows_M, level)
+                logits = self.catalogue_tree.keep_children(logits, known_M, level)
             target_M = target_M.masked_fill(~counts_M, IGNORED)
-            total = total + F.cross_entropy(logits, target_M, reduction="sum")
-        return LossOutput.of(total, valid_M.sum())
+            total = total + self.choice_nll(logits, target_M, weights_M)
+        return self.loss_output(total, hidden_MLD[:, 0], rows_M, valid_M, weights_M)
+
+    def choice_nll(self, logits_MK: Tensor, target_M: Tensor, weights_M: Tensor | None) -> Tensor:
+        """Return the summed loss of choices among K, shaped as the configuration says.
+
+        In evaluation mode it is the weighted negative log-likelihood. Arguments: `choice_nll`.
+        """
+        config = self.config
+        if not self.training:
+            return choice_nll(logits_MK, target_M, weights_M)
+        if config.loss_temperature != 1.0:
+            logits_MK = logits_MK / config.loss_temperature
+        return choice_nll(logits_MK, target_M, weights_M, smoothing=config.label_smoothing)
+
+    def loss_output(
+        self,
+        loss_sum: Tensor,
+        states_MD: Tensor,
+        rows_M: Tensor,
+        valid_M: Tensor,
+        weights_M: Tensor | None,
+    ) -> LossOutput:
+        """Return a loss with its weights and what it was made from; arguments as `items_nll`."""
+        counted_M = valid_M.float() if weights_M is None else weights_M * valid_M
+        return LossOutput.of(
+            loss_sum,
+            valid_M.sum(),
+            None if weights_M is None else counted_M.sum(),
+            targets=Targets(states_MD, rows_M, counted_M),
+        )

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from genrec.models.layers import (
     FeedForward,
+    Forgetful,
     merge_heads,
     rotate,
     shared_prompt_attention,
@@ -27,6 +28,7 @@ from genrec.models.scratch import ScratchBackbone
 
 KeysValues = tuple[Tensor, Tensor]
 NORM_EPS = 1e-6
+BRANCH_ENDS = ("out", "feed_forward.down")
 
 
 class CausalConfig(ScratchBackbone.Config):
@@ -48,9 +50,21 @@ class CausalConfig(ScratchBackbone.Config):
     """Standard deviation of all initial weights (GPT-2)."""
     predict_first: bool = True
     """Train on a sequence's first item too; this is what an empty history answers with."""
+    time_features: Literal["none", "gap", "gap_recency"] = "none"
+    """Add learned vectors of logarithms of times: gap, from the item before to this one;
+    gap_recency also from the last item to the request, for which training takes the time of the
+    target. Data without times read as unknown."""
+    user_tokens: Literal["none", "hashed", "learned"] = "none"
+    """Add a vector of the user to START: hashed, one per bucket of users (TIGER's user tokens);
+    learned, one per user of the training data, and a shared one for all others."""
+    num_user_buckets: int = Field(default=2000, ge=1)
+    """Buckets of `user_tokens: hashed` (TIGER: 2000)."""
+    unknown_share: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of training sequences that are read without their user, and without the times of
+    requests, so that the vectors for unknown ones are learned too."""
 
 
-class CausalLayer(nn.Module):
+class CausalLayer(Forgetful):
     """Causal self-attention and a feed-forward block, each behind an RMSNorm."""
 
     def __init__(self, config: CausalConfig) -> None:
@@ -133,11 +147,15 @@ def prefill(
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, layers: Sequence[CausalLayer], std: float) -> None:
-    """Draw all matrices of a model; the branches' outputs smaller with depth (GPT-2)."""
+def init_weights(model: nn.Module, layers: Sequence[nn.Module], std: float) -> None:
+    """Draw all matrices of a model; the branches' outputs smaller with depth (GPT-2).
+
+    Branches of a layer end in `out` and, where there is one, in `feed_forward.down`.
+    """
     for weight in model.parameters():
         if weight.ndim > 1:  # norms keep their ones
             nn.init.normal_(weight, std=std)
     for layer in layers:  # keeps the residual stream's variance over the depth
-        for branch in (layer.out, layer.feed_forward.down):
-            branch.weight *= (2 * len(layers)) ** -0.5
+        for name, module in layer.named_modules():
+            if name in BRANCH_ENDS and isinstance(module, nn.Linear):
+                module.weight *= (2 * len(layers)) ** -0.5

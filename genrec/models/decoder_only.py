@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec.errors import UserError
-from genrec.models.base import PAD, START, Batch, LossOutput, keep_last
+from genrec.models.base import PAD, START, Batch, LossOutput
 from genrec.models.causal import (
     NORM_EPS,
     CausalConfig,
@@ -32,7 +32,8 @@ from genrec.models.causal import (
     prefill,
 )
 from genrec.models.layers import module_list, rotary_tables, shared_prompt_attention
-from genrec.models.scratch import ScratchBackbone, check_heads
+from genrec.models.request_features import Reading, RequestFeaturesBackbone
+from genrec.models.scratch import check_heads
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -57,7 +58,7 @@ class DecoderState:
     own: tuple[KeysValues, ...]
 
 
-class DecoderOnly(ScratchBackbone):
+class DecoderOnly(RequestFeaturesBackbone):
     """Causal language model over semantic IDs; see the module's text."""
 
     class Config(CausalConfig):
@@ -92,6 +93,7 @@ class DecoderOnly(ScratchBackbone):
             self.item_position = nn.Embedding(config.max_history + 2, config.d_model)
         if config.level_embeddings:
             self.level_embedding = nn.Embedding(self.num_levels, config.d_model)
+        self.make_request_features()
         cos, sin = rotary_tables(self.max_tokens, head_width, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -108,9 +110,10 @@ class DecoderOnly(ScratchBackbone):
         Sequences longer than `max_history + 1` keep their last items; a trainer that wants all of
         them as targets cuts windows.
         """
-        sequence_BH = keep_last(batch.history_BH, self.config.max_history + 1)
+        batch = batch.last(self.config.max_history + 1)
+        sequence_BH = batch.history_BH
         tokens_BT, _ = self.history_tokens(sequence_BH)
-        hidden_BTD = self._hidden(tokens_BT[:, :-1])
+        hidden_BTD = self._hidden(tokens_BT[:, :-1], Reading.of_sequence(batch))
         valid_BH = sequence_BH >= 0
         if not self.config.predict_first:
             valid_BH[:, :1] = False
@@ -118,13 +121,15 @@ class DecoderOnly(ScratchBackbone):
             hidden_BTD.reshape(-1, self.num_levels, self.config.d_model),
             sequence_BH.reshape(-1),
             valid_BH.reshape(-1),
+            None if batch.weights is None else batch.weights.reshape(-1),
         )
 
     def begin(self, batch: Batch) -> tuple[Tensor, DecoderState]:
         """Prefill once per request; see `Backbone.begin`."""
+        batch = batch.kept(self.config.max_history, self.config.truncation)
         tokens_BT, visible_BT = self.prompt(batch.history_BH)
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        x_BTD = self._embed(tokens_BT, positions_T)
+        x_BTD = self._with_request(self._embed(tokens_BT, positions_T), Reading.of_history(batch))
         x_BD, prompt = prefill(self.layers, x_BTD, (self.cos, self.sin), visible_BT)
         none = prompt[-1][0].new_empty((len(x_BD), self.config.num_heads, 0, self.cos.shape[1]))
         own = ((none, none),) * len(self.layers)
@@ -154,7 +159,7 @@ class DecoderOnly(ScratchBackbone):
 
     def prompt(self, history_BH: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens (B, T) of the kept histories and which of them exist, bool (B, T)."""
-        return self.history_tokens(keep_last(history_BH, self.config.max_history))
+        return self.history_tokens(self.read_history(history_BH))
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -164,9 +169,22 @@ class DecoderOnly(ScratchBackbone):
             x = x + self.item_position((positions + self.num_levels - 1) // self.num_levels)
         return F.dropout(x, self.config.dropout, self.training)
 
-    def _hidden(self, tokens_BT: Tensor) -> Tensor:
+    def _with_request(self, x_BTD: Tensor, reading: Reading) -> Tensor:
+        """Add what is known beside items to START and to the last token of each item.
+
+        A search never reads the last token of the item that it is looking for, so nothing of it
+        can show.
+        """
+        if not self.has_request_features:
+            return x_BTD
+        ends_BTD = self.with_request(x_BTD[:, :: self.num_levels], reading)
+        x_BTD = x_BTD.clone()
+        x_BTD[:, :: self.num_levels] = ends_BTD
+        return x_BTD
+
+    def _hidden(self, tokens_BT: Tensor, reading: Reading) -> Tensor:
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        x_BTD = self._embed(tokens_BT, positions_T)
+        x_BTD = self._with_request(self._embed(tokens_BT, positions_T), reading)
         for layer in self.layers:
             x_BTD, _ = layer(x_BTD, self.cos[: len(positions_T)], self.sin[: len(positions_T)])
         return self.norm(x_BTD)
@@ -177,16 +195,18 @@ class DecoderOnly(ScratchBackbone):
         Token 0 pads, token 1 starts every sequence, codes follow (`tokens_NL`).
 
         Raises:
-            UserError: the config uses what Llama has not (gelu, item positions, level embeddings).
+            UserError: the config uses what Llama has not (gelu, item positions, level embeddings,
+                users, times).
         """
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = self.config
-        if config.activation != "swiglu" or config.item_positions or config.level_embeddings:
+        extras = config.item_positions or config.level_embeddings or self.has_request_features
+        if config.activation != "swiglu" or extras:
             raise UserError(
-                "to_hugging_face: Llama has no gelu activation, item_positions or "
-                "level_embeddings; expected a model with activation='swiglu' and both options "
-                "off. Train one so."
+                "to_hugging_face: Llama has no gelu activation, item_positions, level_embeddings, "
+                "time_features or user_tokens; expected a model with activation='swiglu' and all "
+                "these options off. Train one so."
             )
         target = LlamaForCausalLM(
             LlamaConfig(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec.errors import UserError
-from genrec.models.base import PAD, Batch, LossOutput, keep_last
+from genrec.models.base import PAD, Batch, LossOutput
 from genrec.models.layers import FeedForward, RelativePositionBias, module_list
 from genrec.models.scratch import ScratchBackbone
 from genrec.models.t5 import (
@@ -155,7 +155,8 @@ class EncoderDecoder(ScratchBackbone):
         for layer, keys_values in zip(self.decoder, cross, strict=True):
             x_BLD, _ = layer.attend(x_BLD, None, bias.to(x_BLD.dtype))
             x_BLD = layer.finish(x_BLD, keys_values, visible_B11T)
-        return self.items_nll(self._finish(x_BLD), batch.target_B, batch.target_B >= 0)
+        valid_B = batch.target_B >= 0
+        return self.items_nll(self._finish(x_BLD), batch.target_B, valid_B, batch.weights)
 
     def begin(self, batch: Batch) -> tuple[Tensor, EncoderDecoderState]:
         """Encode once per request, decode PAD; see `Backbone.begin`."""
@@ -210,8 +211,7 @@ class EncoderDecoder(ScratchBackbone):
 
     def prompt(self, history_BH: Tensor) -> tuple[Tensor, Tensor]:
         """Return the encoder's input tokens (B, T) and which of them exist, bool (B, T)."""
-        history_BH = keep_last(history_BH, self.config.max_history)
-        return self.history_tokens(history_BH)
+        return self.history_tokens(self.read_history(history_BH))
 
     def _recency(self, visible_BT: Tensor) -> Tensor:
         """Return embeddings (B, T - 1, D) of the items' positions, 0 = the last item."""

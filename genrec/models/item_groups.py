@@ -21,7 +21,7 @@ class ItemGroups(nn.Module):
     """Items by the first `prefix_length` codes of their semantic IDs.
 
     Nothing is saved with the weights: the groups follow from the item index. They take at most 8
-    bytes per item and level of the prefix, and 40 per item.
+    bytes per item and level of the prefix, and 48 per item.
 
     Args:
         codes_NL: int64 codes of all items.
@@ -30,6 +30,7 @@ class ItemGroups(nn.Module):
     """
 
     order_N: Tensor
+    place_N: Tensor
     starts_G: Tensor
     ends_G: Tensor
     group_N: Tensor
@@ -48,11 +49,15 @@ class ItemGroups(nn.Module):
         counts_G = group_N.bincount()
         ends_G = counts_G.cumsum(0)
         self.largest = int(counts_G.max()) if len(counts_G) else 0
+        order_N = group_N.argsort(stable=True)
+        place_N = torch.empty_like(order_N)
+        place_N[order_N] = torch.arange(len(order_N)) - (ends_G - counts_G)[group_N[order_N]]
         for name, values in (
             ("starts_G", ends_G - counts_G),
             ("ends_G", ends_G),
             ("group_N", group_N),
-            ("order_N", group_N.argsort(stable=True)),
+            ("order_N", order_N),
+            ("place_N", place_N),
             ("codes_NL", codes_NL),
         ):
             self.register_buffer(name, values, persistent=False)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -22,6 +23,22 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def module_list(modules: Iterable[ModuleT]) -> Sequence[ModuleT]:
     """Return an `nn.ModuleList` whose items keep their type for the type checker."""
     return cast("Sequence[ModuleT]", nn.ModuleList(modules))
+
+
+class Forgetful(nn.Module):
+    """A layer that can compute its activations a second time instead of keeping them.
+
+    Sublinear memory by recomputation (Chen et al. 2016). Dropout draws the same twice, so the
+    gradients are the same.
+    """
+
+    forgets = False
+
+    def __call__(self, *args: Any) -> Any:
+        """Run `forward`; while training a forgetful layer keeps its inputs only."""
+        if self.forgets and self.training and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *args, use_reentrant=False)
+        return super().__call__(*args)
 
 
 def split_heads(x_BTX: Tensor, num_heads: int) -> Tensor:

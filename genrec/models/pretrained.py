@@ -28,8 +28,9 @@ from genrec.errors import ConfigError, MismatchError, UserError
 from genrec.item_index import ItemIndex
 from genrec.models import adapters, language_models, vocabulary
 from genrec.models.adapters import TuningConfig
-from genrec.models.base import Backbone
+from genrec.models.base import Backbone, Batch, LossOutput
 from genrec.models.language_models import DataType, Kind, Quantization
+from genrec.models.responses import ResponseLoss, Responses, response_loss
 from genrec.models.shared_prompts import finished_logits, longest_input
 from genrec.models.vocabulary import CodeVocabulary, Start
 
@@ -79,8 +80,6 @@ class PretrainedBackbone(Backbone):
         """Of the model's weights; the rows of the codes and adapters are float32."""
         quantization: Quantization | None = None
         """Quantize a frozen base on loading, where the library for it is installed."""
-        gradient_checkpointing: bool = False
-        """Compute activations twice to save memory while training."""
 
         def reads(self, catalog: Catalog) -> dict[str, str]:
             """Return digests of the base's files, and of what the rows of the codes start from."""
@@ -95,6 +94,7 @@ class PretrainedBackbone(Backbone):
 
     config: Config
     kind: ClassVar[Kind]
+    _forgets = False
     code_head_CD: nn.Parameter
     virtual_PD: nn.Parameter
     virtual_keys: nn.ParameterList
@@ -156,8 +156,6 @@ class PretrainedBackbone(Backbone):
             )
         elif tuning.mode == "frozen":
             self.requires_grad_(False)
-        if self.config.gradient_checkpointing:
-            self.base.gradient_checkpointing_enable({"use_reentrant": False})
 
     def base_names(self) -> set[str]:
         """Return names of the state's entries that are as the base came: they are not saved."""
@@ -198,6 +196,24 @@ class PretrainedBackbone(Backbone):
             shape = (num_rows, *keys.shape)
             cache.update(keys.to(dtype).expand(shape), values.to(dtype).expand(shape), number)
         return cache
+
+    def checkpoint_gradients(self, enabled: bool) -> None:
+        """Let the base's layers forget their activations; see `Backbone.checkpoint_gradients`."""
+        if not enabled:
+            if self._forgets:
+                self.base.gradient_checkpointing_disable()
+        elif self.config.tuning.mode == "prefix":
+            raise ConfigError(
+                "trainer.gradient_checkpointing: got true with model.tuning.mode=prefix, expected "
+                "false: the prefix lies in the cache, which checkpointing does without."
+            )
+        else:
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+        self._forgets = enabled
+
+    def item_representations(self, rows: Tensor) -> Tensor:
+        """Return the mean of the items' code vectors; see `Backbone.item_representations`."""
+        return self.embed(self.tokens_NL[rows.clamp(min=0)]).float().mean(-2)
 
     # -- tokens in, scores out ------------------------------------------------------------------
 
@@ -286,6 +302,55 @@ class PretrainedBackbone(Backbone):
             tokens_BT = F.pad(tokens_BT, (0, end_BX.shape[1])).scatter(1, places_BX, end_BX)
             lengths_B = lengths_B + end_BX.shape[1]
         return tokens_BT, lengths_B
+
+    # -- instructions ---------------------------------------------------------------------------
+
+    def forward(self, batch: Batch | Responses) -> LossOutput:
+        """Return the loss of next items, or of responses to instructions."""
+        if isinstance(batch, Responses):
+            return self.response_loss(batch)
+        return super().forward(batch)
+
+    def response_loss(self, batch: Responses) -> ResponseLoss:
+        """Return the loss of responses among all tokens, text and codes; prompts carry none.
+
+        In training it is shaped as the configuration says (`label_smoothing`, `loss_temperature`).
+        """
+        logits_MV = self.vocabulary_scores(self._response_states(batch))
+        if not self.training:
+            return response_loss(logits_MV, batch)
+        smoothing, temperature = self.config.label_smoothing, self.config.loss_temperature
+        return response_loss(logits_MV / temperature, batch, smoothing=smoothing)
+
+    def train_text_head(self) -> None:
+        """Let an untied head train too where everything does: responses may be text."""
+        if self.config.tuning.mode == "full":
+            self._head.weight.requires_grad = True
+
+    @abstractmethod
+    def _response_states(self, batch: Responses) -> Tensor:
+        """Return the hidden states that predict the tokens with loss, (M, D)."""
+
+    @abstractmethod
+    def read_tokens(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Any]:
+        """Read any prompts once.
+
+        Args:
+            tokens_BT: text and code tokens, right-padded with any token.
+            lengths_B: int64, how many there are of each; at least one.
+
+        Returns:
+            what the head reads to predict the first token of a response, (B, D), and a state for
+            `extend_tokens`, whose rows are the B prompts.
+        """
+
+    @abstractmethod
+    def extend_tokens(self, tokens_R: Tensor, state: Any, parents_R: Tensor) -> tuple[Tensor, Any]:
+        """Append one token per row; see `Backbone.step` for rows and parents.
+
+        Returns:
+            what the head reads to predict the next token, (R, D), and the new state.
+        """
 
     # -- rows of the codes ----------------------------------------------------------------------
 
@@ -473,9 +538,4 @@ def _check_options(config: PretrainedBackbone.Config) -> None:
         raise ConfigError(
             f"model.quantization: got {config.quantization!r} with model.tuning.mode=full, "
             "expected a mode that leaves the base as it is. Set e.g. model.tuning.mode=lora."
-        )
-    if config.gradient_checkpointing and config.tuning.mode == "prefix":
-        raise ConfigError(
-            "model.gradient_checkpointing: got true with model.tuning.mode=prefix, expected false: "
-            "the prefix lies in the cache, which checkpointing does without."
         )

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from genrec.errors import UserError
-from genrec.models.base import Batch, LossOutput, keep_last
+from genrec.models.base import Batch, LossOutput
 from genrec.models.language_models import Kind
 from genrec.models.pretrained import PretrainedBackbone
+from genrec.models.responses import Responses
 from genrec.models.shared_prompts import (
     MASKED_ATTENTIONS,
     PretrainedState,
@@ -56,9 +57,10 @@ class PretrainedCausal(PretrainedBackbone):
         Sequences longer than `max_history + 1` keep their last items. Neither the prefix nor
         virtual tokens are predicted.
         """
-        sequence_BH = keep_last(batch.history_BH, self.config.max_history + 1)
+        batch = batch.last(self.config.max_history + 1)
+        sequence_BH, weights = batch.history_BH, batch.weights
         if not sequence_BH.shape[1]:
-            sequence_BH = F.pad(sequence_BH, (0, 1), value=-1)
+            sequence_BH, weights = F.pad(sequence_BH, (0, 1), value=-1), None
         tokens_BT, _ = self.framed(sequence_BH, after=False)
         vectors = self.with_prompt(self.embed(tokens_BT[:, :-1]))
         cache = self.virtual_cache(len(vectors))
@@ -73,19 +75,39 @@ class PretrainedCausal(PretrainedBackbone):
             hidden_BTD.reshape(-1, self.num_levels, hidden_BTD.shape[-1]),
             sequence_BH.reshape(-1),
             valid_BH.reshape(-1),
+            None if weights is None else weights.reshape(-1),
         )
 
     def begin(self, batch: Batch) -> tuple[Tensor, PretrainedState]:
         """Read the histories once per request; see `Backbone.begin`."""
-        history_BH = keep_last(batch.history_BH, self.config.max_history)
-        tokens_BT, lengths_B = self.framed(history_BH, after=False)
-        hidden_BD, state = read_prompts(
+        history_BH = self.read_history(batch.history_BH)
+        hidden_BD, state = self.read_tokens(*self.framed(history_BH, after=False))
+        return self.level_logits(hidden_BD, 0), state
+
+    def read_tokens(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, PretrainedState]:
+        """Read any prompts once; see `PretrainedBackbone.read_tokens`."""
+        return read_prompts(
             self._body,
             {"inputs_embeds": self.with_prompt(self.embed(tokens_BT))},
             lengths_B + self.num_prompt_vectors,
             self.virtual_cache(len(tokens_BT)),
         )
-        return self.level_logits(hidden_BD, 0), state
+
+    def extend_tokens(
+        self, tokens_R: Tensor, state: PretrainedState, parents_R: Tensor
+    ) -> tuple[Tensor, PretrainedState]:
+        """Append one token per row; see `PretrainedBackbone.extend_tokens`."""
+        hidden, states = self._extend([tokens_R], state, [parents_R])
+        return hidden[0], states[0]
+
+    def _response_states(self, batch: Responses) -> Tensor:
+        vectors = self.with_prompt(self.embed(batch.tokens_BT[:, :-1]))
+        cache = self.virtual_cache(len(vectors))
+        hidden_BTD = self._body(
+            inputs_embeds=vectors, past_key_values=cache, use_cache=cache is not None
+        )[0]
+        states: Tensor = hidden_BTD[batch.rows_M, batch.places_M + self.num_prompt_vectors - 1]
+        return states
 
     def step(
         self, codes_R: Tensor, state: PretrainedState, parents_R: Tensor
@@ -98,15 +120,21 @@ class PretrainedCausal(PretrainedBackbone):
         self, codes: Sequence[Tensor], state: PretrainedState, parents: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[PretrainedState]]:
         """Score several levels of a given tree of prefixes in one pass; see `PretrainedDecoder`."""
-        hidden, states = extend_prompts(
+        tokens = [self.code_tokens(rows, n) for n, rows in enumerate(codes, state.level)]
+        hidden, states = self._extend(tokens, state, parents)
+        return [self._answer(h, s.level) for h, s in zip(hidden, states, strict=True)], states
+
+    def _extend(
+        self, tokens: Sequence[Tensor], state: PretrainedState, parents: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[PretrainedState]]:
+        return extend_prompts(
             self._body,
             lambda tokens_BQ: {"inputs_embeds": self.embed(tokens_BQ)},
-            [self.code_tokens(rows, n) for n, rows in enumerate(codes, state.level)],
+            tokens,
             state,
             parents,
             self.base.dtype,
         )
-        return [self._answer(h, s.level) for h, s in zip(hidden, states, strict=True)], states
 
     def _answer(self, hidden_RD: Tensor, level: int) -> Tensor:
         if level >= self.num_levels:  # nothing is left to choose

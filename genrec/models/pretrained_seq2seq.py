@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 
 from genrec.errors import UserError
-from genrec.models.base import Batch, LossOutput, keep_last
+from genrec.models.base import Batch, LossOutput
 from genrec.models.language_models import Kind
 from genrec.models.pretrained import PretrainedBackbone
+from genrec.models.responses import Responses
 
 
 @dataclass(frozen=True)
@@ -71,36 +72,64 @@ class PretrainedSeq2Seq(PretrainedBackbone):
             )
         encoded_BTD, visible_BT = self._encode(batch.history_BH)
         tokens_BL = self.tokens_NL[batch.target_B.clamp(min=0)]
-        tokens_BL = F.pad(tokens_BL[:, :-1], (1, 0), value=self._start_token)
-        own = self.virtual_cache(len(tokens_BL))
+        hidden_BLD = self._predict(tokens_BL, encoded_BTD, visible_BT)
+        valid_B = batch.target_B >= 0
+        return self.items_nll(hidden_BLD, batch.target_B, valid_B, batch.weights)
+
+    def _response_states(self, batch: Responses) -> Tensor:
+        encoded_BTD, visible_BT = self._encode_tokens(batch.tokens_BT, batch.lengths_B)
+        hidden_BQD = self._predict(batch.response_BQ, encoded_BTD, visible_BT)
+        return hidden_BQD[batch.rows_M, batch.places_M]
+
+    def _predict(self, tokens_BQ: Tensor, encoded_BTD: Tensor, visible_BT: Tensor) -> Tensor:
+        """Return what predicts each of these tokens, (B, Q, D)."""
+        tokens_BQ = F.pad(tokens_BQ[:, :-1], (1, 0), value=self._start_token)
+        own = self.virtual_cache(len(tokens_BQ))
         cache = None if own is None else EncoderDecoderCache(own, DynamicCache())
-        hidden_BLD = self._decode(tokens_BL, encoded_BTD, visible_BT, cache)
-        return self.items_nll(hidden_BLD, batch.target_B, batch.target_B >= 0)
+        return self._decode(tokens_BQ, encoded_BTD, visible_BT, cache)
 
     def begin(self, batch: Batch) -> tuple[Tensor, PretrainedSeq2SeqState]:
         """Encode once per request, decode the start token; see `Backbone.begin`."""
-        encoded_BTD, visible_BT = self._encode(batch.history_BH)
-        own = self.virtual_cache(len(batch)) or DynamicCache()
+        history_BH = self.read_history(batch.history_BH)
+        hidden_BD, state = self.read_tokens(*self.framed(history_BH, after=True))
+        return self.level_logits(hidden_BD, 0), state
+
+    def read_tokens(
+        self, tokens_BT: Tensor, lengths_B: Tensor
+    ) -> tuple[Tensor, PretrainedSeq2SeqState]:
+        """Read any prompts once; see `PretrainedBackbone.read_tokens`."""
+        encoded_BTD, visible_BT = self._encode_tokens(tokens_BT, lengths_B)
+        own = self.virtual_cache(len(tokens_BT)) or DynamicCache()
         state = PretrainedSeq2SeqState(
             -1, encoded_BTD, visible_BT, EncoderDecoderCache(own, DynamicCache())
         )
-        return self._next(batch.history_BH.new_full((len(batch),), self._start_token), state)
+        return self._next(lengths_B.new_full((len(tokens_BT),), self._start_token), state)
 
     def step(
         self, codes_R: Tensor, state: PretrainedSeq2SeqState, parents_R: Tensor
     ) -> tuple[Tensor, PretrainedSeq2SeqState]:
         """Decode one code per row; see `Backbone.step`."""
+        tokens_R = self.code_tokens(codes_R, state.level)
+        hidden_RD, state = self.extend_tokens(tokens_R, state, parents_R)
+        if state.level >= self.num_levels:  # nothing is left to choose
+            return hidden_RD.new_empty((len(hidden_RD), 0), dtype=torch.float32), state
+        return self.level_logits(hidden_RD, state.level), state
+
+    def extend_tokens(
+        self, tokens_R: Tensor, state: PretrainedSeq2SeqState, parents_R: Tensor
+    ) -> tuple[Tensor, PretrainedSeq2SeqState]:
+        """Append one token per row; see `PretrainedBackbone.extend_tokens`."""
         own: Any = DynamicCache()
         past: Any = state.cache.self_attention_cache
         for number, layer in enumerate(past.layers):
             own.update(layer.keys[parents_R], layer.values[parents_R], number)
         cross: Any = state.cache.cross_attention_cache
-        if not self._shares_keys and len(cross.layers[0].keys) != len(codes_R):
-            cross = _repeated(cross, len(codes_R), len(state.visible_BT))
+        if not self._shares_keys and len(cross.layers[0].keys) != len(tokens_R):
+            cross = _repeated(cross, len(tokens_R), len(state.visible_BT))
         forked = PretrainedSeq2SeqState(
             state.level, state.encoded_BTD, state.visible_BT, EncoderDecoderCache(own, cross)
         )
-        return self._next(self.code_tokens(codes_R, state.level), forked)
+        return self._next(tokens_R, forked)
 
     def _next(
         self, tokens_R: Tensor, state: PretrainedSeq2SeqState
@@ -110,14 +139,14 @@ class PretrainedSeq2Seq(PretrainedBackbone):
             tokens_R[:, None], state.encoded_BTD, state.visible_BT, state.cache
         )
         state = PretrainedSeq2SeqState(level, state.encoded_BTD, state.visible_BT, state.cache)
-        if level >= self.num_levels:  # nothing is left to choose
-            return hidden_R1D.new_empty((len(hidden_R1D), 0), dtype=torch.float32), state
-        return self.level_logits(hidden_R1D[:, 0], level), state
+        return hidden_R1D[:, 0], state
 
     def _encode(self, history_BH: Tensor) -> tuple[Tensor, Tensor]:
         """Return the encoder's output (B, T, D), and which positions exist, bool (B, T)."""
-        history_BH = keep_last(history_BH, self.config.max_history)
-        tokens_BT, lengths_B = self.framed(history_BH, after=True)
+        history_BH = self.read_history(history_BH)
+        return self._encode_tokens(*self.framed(history_BH, after=True))
+
+    def _encode_tokens(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         vectors = self.with_prompt(self.embed(tokens_BT))
         lengths_B = lengths_B + self.num_prompt_vectors
         places_T = torch.arange(vectors.shape[1], device=vectors.device)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from genrec.errors import ConfigError
 from genrec.models.base import PAD, START, Backbone
+from genrec.models.layers import Forgetful
 
 
 class ScratchBackbone(Backbone):
@@ -81,6 +82,16 @@ class ScratchBackbone(Backbone):
         tokens_BT = tokens_BHL.masked_fill(~valid_BH.unsqueeze(-1), PAD).flatten(1)
         exists_BT = valid_BH.repeat_interleave(self.num_levels, dim=1)
         return F.pad(tokens_BT, (1, 0), value=START), F.pad(exists_BT, (1, 0), value=True)
+
+    def item_representations(self, rows: Tensor) -> Tensor:
+        """Return the mean of the items' code vectors; see `Backbone.item_representations`."""
+        return self.embedding(self.tokens_NL[rows.clamp(min=0)]).mean(-2)
+
+    def checkpoint_gradients(self, enabled: bool) -> None:
+        """Let the layers forget their activations; see `Backbone.checkpoint_gradients`."""
+        for module in self.modules():
+            if isinstance(module, Forgetful):
+                module.forgets = enabled
 
     def code_scores(self, hidden: Tensor, level: int) -> Tensor:
         """Return float32 logits over the codes of one level; see `Backbone.code_scores`."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genrec.models.layers import FeedForward, merge_heads, split_heads
+from genrec.models.layers import FeedForward, Forgetful, merge_heads, split_heads
 
 if TYPE_CHECKING:
     from genrec.models.encoder_decoder import EncoderDecoder
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         return self.out(merge_heads(mixed))
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Forgetful):
     """Self-attention and feed-forward, each behind an RMSNorm."""
 
     def __init__(self, config: EncoderDecoder.Config) -> None:

@@ -23,11 +23,12 @@ import polars as pl
 from pydantic import Field
 
 from genrec import runtime
-from genrec.artifacts import write_json_atomic, write_text_atomic
+from genrec.artifacts import fingerprint, write_json_atomic, write_text_atomic
 from genrec.config import StrictConfig, apply_overrides, apply_settings, load_yaml, parse
 from genrec.errors import ConfigError, nearest
 from genrec.evaluation.comparison import compare
-from genrec.evaluation.comparison_tables import to_html, to_markdown
+from genrec.evaluation.comparison_page import to_html
+from genrec.evaluation.comparison_tables import to_markdown
 from genrec.evaluation.runs import Cell
 from genrec.pipeline.config import RunConfig, check_run_config
 
@@ -159,7 +160,8 @@ def run_ablation(
 
     Returns:
         The content of ablation.json: `cells` (figures, tests, settings), `failed` (name -> last
-        lines of its log), `reference`, `seeds`, `dataset`, `protocol`.
+        lines of its log), `reference`, `seeds`, `dataset`, `protocol`, and `others`: the same for
+        cells on other data or under another protocol, which no test pairs with the reference.
     """
     todo = variations(config)
     folders = {cell.name: out / "cells" / _folder(cell.name) for cell in todo}
@@ -236,13 +238,45 @@ def _collect(
     if not cells:
         shown = "\n".join(f"{name}: {text}" for name, text in failed.items())
         raise ConfigError(f"ablation {config.name!r}: no cell finished.\n{shown}")
-    found = compare(cells, reference=config.reference)
-    found = {"name": config.name, **found, "failed": dict(failed)}
+    found = {"name": config.name, **compare_in_groups(cells, config.reference)}
+    found["failed"] = dict(failed)
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(out / "ablation.json", found)
     write_text_atomic(out / "ablation.md", to_markdown(found))
     write_text_atomic(out / "ablation.html", to_html(found, list(config.grid)))
     return found
+
+
+def compare_in_groups(cells: Sequence[Cell], reference: str | None) -> dict[str, Any]:
+    """Compare cells with those that were evaluated alike; a tie-break makes two such groups.
+
+    Args:
+        cells: at least one.
+        reference: name of a cell; its group comes first, the others have their first cell.
+
+    Returns:
+        what `genrec.evaluation.comparison.compare` returns for the first group, with `others`: the
+        same for each other group, and `what`: in which words its data and protocol differ.
+    """
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(fingerprint(*cell.conditions.values()), []).append(cell)
+    first = next((g for g in groups.values() if reference in [c.name for c in g]), None)
+    parts = list(groups.values())
+    if first is not None:
+        parts = [first, *(part for part in parts if part is not first)]
+    found = compare(parts[0], reference=reference)
+    others = []
+    for part in parts[1:]:
+        others.append({"what": _what_differs(parts[0][0], part[0]), **compare(part)})
+    return {**found, "others": others}
+
+
+def _what_differs(one: Cell, other: Cell) -> str:
+    """Return what of another cell's protocol differs, or its data set where nothing else does."""
+    mine, theirs = one.conditions, other.conditions
+    keys = [key for key in mine if mine[key] != theirs[key]]
+    return ", ".join(f"{key} {theirs[key]}" for key in (keys[1:] or keys))
 
 
 def _users(folder: Path) -> Path:

@@ -309,5 +309,6 @@ def _first_users(dataset: Dataset, users: int) -> Dataset:
         events.timestamps[:stop],
         events.splits[:stop],
         events.num_items,
+        None if events.ratings is None else events.ratings[:stop],
     )
     return replace(dataset, interactions=few)

@@ -53,6 +53,18 @@ class EvaluationConfig(StrictConfig):
     """Resamples of users behind each interval."""
 
 
+class IncrementalConfig(StrictConfig):
+    """Three models of one data set that is split by time: stale, updated, retrained."""
+
+    old_share: float = Field(default=0.7, gt=0, lt=1)
+    """Share of the training interactions, the oldest, that the stale model has."""
+    valid_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of those, the latest, that the stale model is validated by."""
+    update: dict[str, Any] = Field(default_factory=dict)
+    """Options of the `incremental` trainer that differ from `trainer`, e.g. replay, epochs,
+    learning_rate."""
+
+
 class DataConfig(StrictConfig):
     """Where interactions come from: a prepared folder, or a source to prepare."""
 
@@ -68,6 +80,7 @@ SECTIONS: dict[str, type[StrictConfig]] = {
     "evaluation": EvaluationConfig,
     "tracking": TrackingConfig,
 }
+INCREMENTAL = "incremental"
 COMPONENTS: dict[str, tuple[Mapping[str, str], str]] = {
     "features": (FEATURES, "auto"),
     "tokenizer": (TOKENIZERS, "rqkmeans"),
@@ -94,6 +107,7 @@ class RunConfig:
     calibration: StrictConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig
+    incremental: IncrementalConfig | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, in the order of a configuration file."""
@@ -104,7 +118,8 @@ class RunConfig:
             prepare = self.data.prepare.to_dict()
             result["data"] = {"source": self.source.to_dict(), "prepare": prepare}
         for field in fields(self)[4:]:
-            result[field.name] = getattr(self, field.name).to_dict()
+            if (part := getattr(self, field.name)) is not None:
+                result[field.name] = part.to_dict()
         return result
 
     def to_yaml(self) -> str:
@@ -132,7 +147,7 @@ def check_run_config(data: Mapping[str, Any]) -> RunConfig:
             problems.append(str(error))
             return None
 
-    known = ["name", "seeds", "data", *SECTIONS, *COMPONENTS]
+    known = ["name", "seeds", "data", *SECTIONS, *COMPONENTS, INCREMENTAL]
     for key in data:
         if key not in known:
             problems.append(
@@ -155,6 +170,8 @@ def check_run_config(data: Mapping[str, Any]) -> RunConfig:
                 registry, {"name": default, **_section(data, section)}, path=section
             )[1]
         )
+    if INCREMENTAL in data:
+        parts[INCREMENTAL] = attempt(lambda: _incremental(data, parts["trainer"]))
     if parts["evaluation"] is not None:
         attempt(lambda: make_baselines(parts["evaluation"].baselines))
     if not problems and parts["decoding"].width < max(parts["evaluation"].ks):
@@ -176,6 +193,33 @@ def _section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name}: got {value!r}, expected a section (key: value lines).")
     return dict(value)
+
+
+def _incremental(data: Mapping[str, Any], trainer: Any) -> IncrementalConfig:
+    """Return the section, once the trainer that it makes has been checked."""
+    found = parse(IncrementalConfig, _section(data, INCREMENTAL), path=INCREMENTAL)
+    if trainer is not None:
+        update_trainer(trainer, found, start_from="", new_from=0)
+    return found
+
+
+def update_trainer(
+    trainer: StrictConfig, incremental: IncrementalConfig, *, start_from: str, new_from: int
+) -> Any:
+    """Return the configuration of the trainer that goes on: that of `trainer`, with `update`.
+
+    Raises:
+        ConfigError: a trainer other than next_item, or an option that there is not.
+    """
+    plain = trainer.to_dict()
+    if plain["name"] != "next_item":
+        raise ConfigError(
+            f"trainer.name: got {plain['name']!r} with a section {INCREMENTAL!r}, expected "
+            "'next_item': the update goes on as the models began."
+        )
+    fixed = {"name": INCREMENTAL, "start_from": start_from, "new_from": new_from}
+    section = {**plain, **incremental.update, **fixed}
+    return parse_component(TRAINERS, section, path=f"{INCREMENTAL}.update")[1]
 
 
 def _name(value: Any) -> str:

@@ -32,7 +32,8 @@ from genrec.evaluation.list_content import ItemAttributes
 from genrec.evaluation.significance import mean_ci, paired_bootstrap
 from genrec.inference import level_logprobs, search
 from genrec.pipeline.finished import FinishedRun
-from genrec.pipeline.stages import check_index, read_lists
+from genrec.pipeline.listing import read_lists
+from genrec.pipeline.stages import check_index
 
 log = runtime.get_logger(__name__)
 
@@ -206,9 +207,7 @@ def _candidates(
         return Candidates(lists.rows, lists.scores, None, histories), source
     levels = None
     if "level_logprobs" in calibrator.needs:
-        levels = level_logprobs(
-            model, constraint, histories, lists.rows, exclude=exclude, scoring=bundle.scoring
-        )
+        levels = level_logprobs(model, constraint, histories, lists.rows, scoring=bundle.scoring)
     context = ListContext(examples.lengths, levels)
     probabilities = calibrator.probabilities(lists.logprobs, lists.num_rest, context)
     return Candidates(lists.rows, lists.scores, probabilities, histories), source

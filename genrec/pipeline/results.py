@@ -25,7 +25,8 @@ from genrec.evaluation.beyond_accuracy import Surroundings
 from genrec.evaluation.evaluator import summarise
 from genrec.evaluation.list_content import attributes_of
 from genrec.models.baselines import label
-from genrec.pipeline import calibrating, stages
+from genrec.pipeline import baseline_lists, listing
+from genrec.pipeline.calibration_figures import measure_calibration
 from genrec.pipeline.indexing import OWN_CODES
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def assemble(
         mode = mode_name(masked)
         systems: dict[str, Values] = {NAME: _seed_values(runs, mode, options.ks)}
         for name in map(label, options.baselines):
-            systems[name] = _baseline_values(baselines, name, mode)
+            systems[name] = baseline_lists.read_values(baselines, name, mode)
         reference = systems.get(REFERENCE)
         for name, values in systems.items():
             other = None if name == REFERENCE else reference
@@ -80,7 +81,7 @@ def assemble(
         by_seed = [
             {
                 "seed": run.seed,
-                **calibrating.measure_calibration(
+                **measure_calibration(
                     run.calibration, mode, run.test[mode], dataset, run.levels.get(mode)
                 ),
             }
@@ -91,7 +92,12 @@ def assemble(
         figures = _list_figures(runs, mode, around, options.ks)
         row |= {"certified": figures["certified"]}
         row[f"coverage@{beyond_accuracy.DEPTH}"] = figures["coverage"]
-        beyond[mode] = {NAME: figures}
+        beyond[mode] = {NAME: figures} | {
+            name: beyond_accuracy.list_figures(
+                baseline_lists.read_rows(baselines, name, mode), around
+            )
+            for name in map(label, options.baselines)
+        }
         groups[mode] = {
             name: beyond_accuracy.group_tables(
                 values, around, num_samples=options.bootstrap_samples
@@ -100,13 +106,7 @@ def assemble(
         }
     first = calibration[mode_name(options.masked[0])][0]
     return {
-        "dataset": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "num_users": dataset.interactions.num_users,
-            "num_items": len(dataset.catalog),
-            "num_interactions": len(dataset.interactions),
-        },
+        "dataset": dataset_facts(dataset),
         "protocol": protocol(config, dataset),
         "seeds": [run.seed for run in runs],
         "rows": rows,
@@ -128,6 +128,17 @@ def assemble(
     }
 
 
+def dataset_facts(dataset: Dataset) -> dict[str, Any]:
+    """Return name, fingerprint and counts of a data set."""
+    return {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "num_users": dataset.interactions.num_users,
+        "num_items": len(dataset.catalog),
+        "num_interactions": len(dataset.interactions),
+    }
+
+
 def protocol(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """Return everything that makes two results comparable or not."""
     info = dataset.info
@@ -142,6 +153,7 @@ def protocol(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         "test_history": "training and validation items",
         "max_history": config.model.to_dict().get("max_history"),
         "beam_width": config.decoding.width,
+        "scoring": config.decoding.scoring,
         "masked": list(config.evaluation.masked),
         "baseline_ties": "expected rank",
         "selection": "validation NDCG@10, seen items kept in",
@@ -150,14 +162,8 @@ def protocol(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
 
 def _seed_values(runs: Sequence[SeedRun], mode: str, ks: Sequence[int]) -> Values:
     """Return metric -> (S, U)."""
-    by_seed = [stages.list_values(run.test[mode], ks) for run in runs]
+    by_seed = [listing.list_values(run.test[mode], ks) for run in runs]
     return {name: np.stack([values[name] for values in by_seed]) for name in by_seed[0]}
-
-
-def _baseline_values(artifact: Artifact, name: str, mode: str) -> Values:
-    prefix = f"{name}/{mode}/"
-    arrays = artifact.arrays.items()
-    return {key.removeprefix(prefix): a for key, a in arrays if key.startswith(prefix)}
 
 
 def _list_figures(
@@ -166,7 +172,7 @@ def _list_figures(
     """Return what the generator's lists of a mode are like, the mean over seeds."""
     figures, by_semantic_id = [], []
     for run in runs:
-        lists = stages.read_lists(run.test[mode])[0]
+        lists = listing.read_lists(run.test[mode])[0]
         certified = search_quality.certified_share(lists.certified)
         found = beyond_accuracy.list_figures(lists.rows, around)
         figures.append({**found, "certified": certified})
@@ -178,6 +184,16 @@ def _list_figures(
         **beyond_accuracy.mean_of(figures),
         "semantic_id_level": beyond_accuracy.mean_of(by_semantic_id) if by_semantic_id else None,
     }
+
+
+def latency(runs: Sequence[SeedRun]) -> list[dict[str, Any]]:
+    """Return what the search of the test users took, by seed and way of ranking."""
+    return [
+        {"seed": run.seed, "masked": mode == mode_name(True), **found}
+        for run in runs
+        for mode, lists in run.test.items()
+        if (found := listing.read_latency(lists)) is not None
+    ]
 
 
 def training_curves(runs: Sequence[SeedRun]) -> list[dict[str, Any]]:
@@ -209,13 +225,14 @@ def _per_user_tables(
         mode = mode_name(masked)
         users = runs[0].test[mode].arrays["user_rows"]
         for run in runs:
-            values = stages.list_values(run.test[mode], options.ks)
-            yield _per_user_table(users, values, name=NAME, seed=run.seed, masked=masked)
+            values = listing.list_values(run.test[mode], options.ks)
+            yield per_user_table(users, values, name=NAME, seed=run.seed, masked=masked)
         for name in map(label, options.baselines):
-            values = _baseline_values(baselines, name, mode)
-            yield _per_user_table(users, values, name=name, seed=0, masked=masked)
+            values = baseline_lists.read_values(baselines, name, mode)
+            yield per_user_table(users, values, name=name, seed=0, masked=masked)
 
 
-def _per_user_table(users: np.ndarray, values: Values, **flags: Any) -> pl.DataFrame:
+def per_user_table(users: np.ndarray, values: Values, **flags: Any) -> pl.DataFrame:
+    """Return a line per user with its metrics and the same flags (name, seed, masked)."""
     columns = {"user_row": users, **dict(sorted(values.items()))}
     return pl.DataFrame(columns).with_columns(**{k: pl.lit(v) for k, v in flags.items()})

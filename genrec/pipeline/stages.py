@@ -1,20 +1,18 @@
 """The stages one by one: each takes artifacts or arrays, writes one artifact, and knows no cache.
 
 `genrec.pipeline.run` strings them together; the commands of the same names call them alone.
-
-Shapes: U users with a target, W list length (the beam width), k cut-off.
+Lists are in `genrec.pipeline.listing`, baselines in `genrec.pipeline.baseline_lists`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from genrec import runtime
@@ -22,17 +20,11 @@ from genrec.artifacts import Artifact, save_artifact
 from genrec.bundle import build_model, load_model, save_model
 from genrec.config import StrictConfig
 from genrec.data import Catalog, Dataset, Interactions
-from genrec.data.interactions import SplitName
 from genrec.decoding import CSRIndex
-from genrec.decoding.protocol import Scoring
-from genrec.errors import DataError, MismatchError, UserError
-from genrec.evaluation import metrics
-from genrec.evaluation.evaluator import evaluate_scores
+from genrec.errors import MismatchError, UserError
 from genrec.features import FEATURES
 from genrec.features.base import Workplace
-from genrec.inference import RankedLists, search
 from genrec.item_index import ItemIndex
-from genrec.models.baselines import Choice, make_baselines
 from genrec.models.scratch import ScratchBackbone
 from genrec.pipeline import indexing
 from genrec.pipeline.indexing import IndexConfig
@@ -40,7 +32,6 @@ from genrec.tokenizers import TOKENIZERS
 from genrec.tokenizers.base import ItemTokenizer
 from genrec.tokenizers.diagnostics.figures import diagnose
 from genrec.trainers import TRAINERS
-from genrec.trainers.batching import TrainingExamples
 from genrec.trainers.tracking import Trackers, TrackingConfig, open_trackers
 from genrec.trainers.validation import Validator
 
@@ -213,12 +204,11 @@ def train(
     """
     check_index(dataset, index)
     model = build_model(model_config.to_dict(), index, seed=seed)
-    model.start_from(dataset.catalog if catalog is None else catalog)
+    trainer = component(TRAINERS, trainer_config)(trainer_config, seed=seed)
+    trainer.start(model, index, dataset.catalog if catalog is None else catalog)
     model.to(accelerator.device)
     constraint = CSRIndex.from_index(index).to(accelerator.device)
-    examples = TrainingExamples(
-        dataset.interactions.training(), model.training_unit, model.config.max_history
-    )
+    examples = trainer.examples(model, dataset.interactions.training())
     validation = dataset.interactions.examples("valid")
     validator = (
         Validator(
@@ -244,7 +234,6 @@ def train(
             resume_step=resumed,
         )
 
-    trainer = component(TRAINERS, trainer_config)(trainer_config, seed=seed)
     result = trainer.fit(
         model,
         examples,
@@ -275,141 +264,3 @@ def check_index(dataset: Dataset, index: ItemIndex) -> None:
             f"set {dataset.name!r} ({len(dataset.catalog)} items, {dataset.fingerprint}) in its "
             "order. Build the index from this data set: `genrec tokenize`."
         )
-
-
-# -- lists ------------------------------------------------------------------------------------
-
-
-def make_lists(
-    path: Path,
-    dataset: Dataset,
-    index: ItemIndex,
-    model: Artifact,
-    *,
-    split: SplitName,
-    masked: bool,
-    width: int,
-    scoring: Scoring,
-    batch_size: int,
-    accelerator: Accelerator,
-) -> None:
-    """Search the best `width` items for every user of a split (artifact "lists")."""
-    examples = dataset.interactions.examples(split)
-    if not len(examples):
-        raise DataError(
-            f"data set {dataset.name!r} has no {split} targets. Expected users with at least 3 "
-            "interactions (leave-one-out); see `genrec doctor`."
-        )
-    network = load_model(model.path, index).to(accelerator.device)
-    constraint = CSRIndex.from_index(index).to(accelerator.device)
-    depth = min(width, len(index))
-    # Interleaved shares of equal size (the last ones repeat a user), so that gathering is a
-    # plain all-gather.
-    share = -(-len(examples) // accelerator.num_processes)
-    mine = (np.arange(share) * accelerator.num_processes + accelerator.process_index) % len(
-        examples
-    )
-    histories = [examples.history(int(i)) for i in mine]
-    found = search(
-        network,
-        constraint,
-        histories,
-        width=depth,
-        k=depth,
-        scoring=scoring,
-        exclude=histories if masked else None,
-        batch_size=batch_size,
-        description=f"search {split}",
-    )
-    lists = _gather(found, mine, len(examples), accelerator)
-    if accelerator.is_main_process:
-        save_artifact(
-            path,
-            kind="lists",
-            arrays={
-                "rows": lists.rows.astype(np.int32),
-                "logprobs": lists.logprobs.astype(np.float32),
-                "certified": lists.certified,
-                "num_eligible": lists.num_eligible,
-                "target_rows": examples.target_rows,
-                "user_rows": examples.user_rows,
-            },
-            upstream={"model": model.fingerprint, "dataset": dataset.fingerprint},
-            extra={"split": split, "masked": masked, "width": depth, "scoring": scoring},
-        )
-
-
-def _gather(
-    found: RankedLists, mine: np.ndarray, total: int, accelerator: Accelerator
-) -> RankedLists:
-    """Collect every process's share, in the order of the examples."""
-    parts = (mine, found.rows, found.logprobs, found.certified, found.num_eligible)
-    gathered = [
-        accelerator.gather(torch.from_numpy(np.ascontiguousarray(part)).to(accelerator.device))
-        for part in parts
-    ]
-    places, *arrays = [part.cpu().numpy() for part in gathered]
-    _, first = np.unique(places, return_index=True)
-    assert len(first) == total
-    return RankedLists(*[array[first] for array in arrays])
-
-
-def read_lists(artifact: Artifact) -> tuple[RankedLists, np.ndarray]:
-    """Return the lists and the target rows (U,) of a "lists" artifact."""
-    arrays = artifact.arrays
-    lists = RankedLists(
-        arrays["rows"].astype(np.int64),
-        arrays["logprobs"].astype(np.float64),
-        arrays["certified"],
-        arrays["num_eligible"],
-    )
-    return lists, arrays["target_rows"]
-
-
-def list_values(artifact: Artifact, ks: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return per-user recall and NDCG of a "lists" artifact; lists shorter than k are padded."""
-    lists, targets = read_lists(artifact)
-    rows = lists.rows
-    if rows.shape[1] < max(ks):
-        rows = np.pad(rows, ((0, 0), (0, max(ks) - rows.shape[1])), constant_values=-1)
-    return metrics.list_metrics(rows, targets, ks)
-
-
-# -- baselines --------------------------------------------------------------------------------
-
-
-def baselines(
-    path: Path,
-    dataset: Dataset,
-    choices: Sequence[Choice],
-    ks: Sequence[int],
-    masked: Sequence[bool],
-    catalog: Catalog | None = None,
-) -> None:
-    """Fit and evaluate baselines on the test split (artifact "baselines").
-
-    Args:
-        path: folder to write.
-        dataset: what to fit and evaluate on.
-        choices: names of baselines, with settings where there are any.
-        ks: cut-offs.
-        masked: whether seen items are left out; both are possible.
-        catalog: with vectors, for baselines that need them; None takes the data set's.
-    """
-    examples = dataset.interactions.examples("test")
-    validation = dataset.interactions.examples("valid")
-    training = dataset.interactions.training()
-    arrays: dict[str, np.ndarray] = {}
-    for name, baseline in make_baselines(choices).items():
-        scores = baseline.fit(training, catalog or dataset.catalog, validation).scores
-        for mask in masked:
-            values = evaluate_scores(scores, examples, ks=tuple(ks), mask_seen=mask)
-            for metric, array in values.items():
-                arrays[f"{name}/{'masked' if mask else 'unmasked'}/{metric}"] = array
-    save_artifact(
-        path,
-        kind="baselines",
-        arrays=arrays,
-        config={"names": list(choices), "ks": list(ks)},
-        upstream={"dataset": dataset.fingerprint},
-    )

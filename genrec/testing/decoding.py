@@ -144,8 +144,8 @@ def brute_force_logprobs(
         model: any StepModel.
         batch: B requests.
         codes_NL: the catalogue.
-        allowed_BN: bool, the items that each request may get; others score -inf and their codes
-            are not counted in the normalisation.
+        allowed_BN: bool, the items that each request may get; others score -inf, and count in the
+            normalisation as ever.
         scoring: "renormalized", "level" or "raw".
         shared_vocabulary: what follows code 0 costs nothing.
     """
@@ -164,7 +164,7 @@ def brute_force_logprobs(
             rows = np.arange(num_requests * num_items)
         values_RK = logits_RK.double().cpu().numpy()[rows]
         for b, n in zip(*np.nonzero(allowed_BN), strict=True):
-            same = allowed_BN[b] & (codes_NL[:, :level] == codes_NL[n, :level]).all(1)
+            same = (codes_NL[:, :level] == codes_NL[n, :level]).all(1)
             if shared_vocabulary and level and codes_NL[n, level - 1] == END:
                 continue
             row_K = values_RK[b * num_items + n]

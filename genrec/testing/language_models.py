@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 Family = Literal["llama", "gpt2", "qwen3", "gemma2", "t5", "bart"]
 FAMILIES: tuple[Family, ...] = ("llama", "gpt2", "qwen3", "gemma2", "t5", "bart")
@@ -52,6 +52,7 @@ def tiny_tokenizer(family: Family) -> Any:
         pieces += [(chr(code), -4.0) for code in range(33, 127)]
         tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
         special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     else:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -62,6 +63,7 @@ def tiny_tokenizer(family: Family) -> Any:
         vocabulary = {name: number for number, name in enumerate(names)}
         tokenizer = Tokenizer(models.BPE(vocabulary, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
         special = {
             "llama": {"bos_token": "<s>", "eos_token": "</s>"},
             "gemma2": {"bos_token": "<s>"},

@@ -17,6 +17,7 @@ import torch
 
 from genrec.data.interactions import Interactions
 from genrec.models.base import Batch
+from genrec.trainers.config import LoopConfig
 
 # Examples are sorted by length inside blocks of this many batches: little padding, much shuffling.
 BLOCK_BATCHES = 32
@@ -42,12 +43,18 @@ class TrainingExamples:
             train; "sequence": one example per stretch of max_history + 1 items, every position a
             target, as causal models train.
         max_history: history items that a model sees.
+        weights: how much each interaction counts as a target, float32; None: all alike.
     """
 
     def __init__(
-        self, interactions: Interactions, unit: Literal["target", "sequence"], max_history: int
+        self,
+        interactions: Interactions,
+        unit: Literal["target", "sequence"],
+        max_history: int,
+        weights: np.ndarray | None = None,
     ) -> None:
         self.flat = interactions.item_rows.astype(np.int64)
+        self.weights = weights
         self.offsets = interactions.offsets
         self.unit = unit
         self.max_history = max_history
@@ -62,7 +69,11 @@ class TrainingExamples:
         if self.unit == "target":
             position = np.arange(len(self.flat))
             begin = np.repeat(first, last - first)
-            return Spans(np.maximum(begin, position - self.max_history), position + 1)
+            start = np.maximum(begin, position - self.max_history)
+            if self.weights is None:
+                return Spans(start, position + 1)
+            counts = self.weights > 0  # what does not count is only read as history
+            return Spans(start[counts], position[counts] + 1)
         length = self.max_history + 1
         rng = np.random.default_rng([seed, epoch, 1])
         starts, stops = [], []
@@ -76,7 +87,21 @@ class TrainingExamples:
             stops.extend(cuts[1:])
         start, stop = np.array(starts, np.int64), np.array(stops, np.int64)
         keep = stop > start
+        if self.weights is not None:
+            total = np.concatenate([[0.0], np.cumsum(self.weights > 0)])
+            keep &= total[stop] > total[start]
         return Spans(start[keep], stop[keep])
+
+    def batch_size(self, config: LoopConfig, seed: int) -> int:
+        """Return the examples of a step; from `batch_targets` by the targets of the first epoch."""
+        if config.batch_targets is None:
+            return config.batch_size
+        if self.unit == "target":
+            return config.batch_targets
+        spans = self.spans(seed, 0)
+        if not len(spans):
+            return 1
+        return max(1, round(config.batch_targets / float((spans.stop - spans.start).mean())))
 
     def plan(self, batch_size: int, seed: int, epoch: int) -> tuple[Spans, list[np.ndarray]]:
         """Return the epoch's spans and its batches (arrays of positions in the spans)."""
@@ -95,12 +120,19 @@ class TrainingExamples:
         """Return the padded batch of some spans (int64, right padded with -1)."""
         start, stop = spans.start[chosen], spans.stop[chosen]
         if self.unit == "target":
-            return Batch(self._gather(start, stop - 1), torch.from_numpy(self.flat[stop - 1]))
-        return Batch(self._gather(start, stop))
+            weights = None if self.weights is None else torch.from_numpy(self.weights[stop - 1])
+            targets = torch.from_numpy(self.flat[stop - 1])
+            return Batch(self._gather(self.flat, start, stop - 1, -1), targets, weights)
+        history_BH = self._gather(self.flat, start, stop, -1)
+        if self.weights is None:
+            return Batch(history_BH)
+        return Batch(history_BH, weights=self._gather(self.weights, start, stop, 0.0))
 
-    def _gather(self, start: np.ndarray, stop: np.ndarray) -> torch.Tensor:
+    def _gather(
+        self, values: np.ndarray, start: np.ndarray, stop: np.ndarray, padding: float
+    ) -> torch.Tensor:
         length = stop - start
         column = np.arange(int(length.max(initial=0)))
-        place = np.minimum(start[:, None] + column, len(self.flat) - 1)
-        rows = np.where(column < length[:, None], self.flat[place], -1)
+        place = np.minimum(start[:, None] + column, len(values) - 1)
+        rows = np.where(column < length[:, None], values[place], values.dtype.type(padding))
         return torch.from_numpy(rows)

@@ -1,23 +1,23 @@
 """Everything that exact resuming needs, in one atomic artifact: no pickle, checksummed.
 
-A checkpoint holds model and optimizer state and the best weights so far as arrays, and the place in
-the run as JSON (random numbers are a function of the place). What the place means is the trainer's
-business.
+A checkpoint holds named groups of arrays (weights, optimizer, the best weights so far, ...) and the
+place in the run as JSON (random numbers are a function of the place). What these mean is the
+loop's business.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from genrec.artifacts import Artifact, load_artifact, save_artifact
-from genrec.weights import load_model_arrays, model_arrays
+from genrec.trainers.sharding import full_array, put
 
 KIND = "checkpoint"
 _STEP = re.compile(r"^step-(\d{9})$")
@@ -27,9 +27,7 @@ def save_checkpoint(
     folder: Path,
     *,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    best: dict[str, np.ndarray],
+    parts: Mapping[str, Mapping[str, np.ndarray]],
     place: dict[str, Any],
     key: str,
     keep: int,
@@ -39,16 +37,12 @@ def save_checkpoint(
     Args:
         folder: the run's checkpoint folder.
         step: optimizer steps done.
-        model: weights of now.
-        optimizer: its state, moment by moment.
-        best: weights of the best validation so far (may be empty).
+        parts: named groups of arrays: weights of now, the best ones so far, optimizer, ...
         place: JSON: epoch, batch, early-stopping state.
         key: fingerprint of everything that determines the run; resuming asks for the same.
         keep: how many to keep.
     """
-    arrays = {f"model/{k}": v for k, v in model_arrays(model).items()}
-    arrays |= {f"best/{k}": v for k, v in best.items()}
-    arrays |= {f"optimizer/{k}": v for k, v in _optimizer_arrays(optimizer).items()}
+    arrays = {f"{part}/{k}": v for part, values in parts.items() for k, v in values.items()}
     path = folder / f"step-{step:09d}"
     save_artifact(path, kind=KIND, arrays=arrays, upstream={"run": key}, extra=place)
     for old in sorted(p for p in folder.iterdir() if _STEP.match(p.name))[:-keep]:
@@ -71,31 +65,36 @@ def latest_checkpoint(folder: Path, *, key: str) -> Artifact | None:
     return artifact
 
 
-def restore(
-    artifact: Artifact, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, np.ndarray]:
-    """Put model and optimizer states back; return the best weights so far."""
-    parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "best": {}, "optimizer": {}}
+def parts_of(artifact: Artifact) -> dict[str, dict[str, np.ndarray]]:
+    """Return the groups of arrays of a checkpoint; empty groups are not there."""
+    parts: dict[str, dict[str, np.ndarray]] = {}
     for name, array in artifact.arrays.items():
         part, _, rest = name.partition("/")
-        parts[part][rest] = array
-    load_model_arrays(model, parts["model"])
-    _load_optimizer(optimizer, parts["optimizer"])
-    return parts["best"]
+        parts.setdefault(part, {})[rest] = array
+    return parts
 
 
-def _optimizer_arrays(optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+def optimizer_arrays(optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+    """Return an optimizer's moments, whole also where they lie in shards."""
     arrays = {}
     for number, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
-            arrays[f"{number}/{name}"] = torch.as_tensor(value).detach().cpu().numpy().copy()
+            arrays[f"{number}/{name}"] = full_array(torch.as_tensor(value))
     return arrays
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, arrays: dict[str, np.ndarray]) -> None:
+@torch.no_grad()
+def load_optimizer(optimizer: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray]) -> None:
+    """Put back what `optimizer_arrays` gave; learning rates come from the configuration."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, array in arrays.items():
         number, _, moment = name.partition("/")
-        state.setdefault(int(number), {})[moment] = torch.from_numpy(np.array(array))
+        value = torch.from_numpy(np.array(array))
+        weight = weights[int(number)]
+        if moment != "step":  # shaped, and maybe sharded, as the weight
+            value = torch.zeros_like(weight)
+            put(value, array)
+        state.setdefault(int(number), {})[moment] = value
     groups = optimizer.state_dict()["param_groups"]  # set by the configuration, not by the file
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from genrec import runtime
-from genrec.models.base import Backbone
 
 log = runtime.get_logger(__name__)
 
@@ -42,7 +41,7 @@ def cpu_has_bf16() -> bool:
     return bool(says()) if says else True
 
 
-def make_optimizer(model: Backbone, config: Any) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, config: Any) -> torch.optim.Optimizer:
     """Return fused AdamW; weight decay is for matrices only (not for norms and biases)."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]

@@ -1,0 +1,294 @@
+"""How good is the default generator beside plain models of item ids? Pieces first, then the table.
+
+A piece is one row (a system) with one seed on one data set: fitted, ranked over the whole catalogue
+for every test user, with seen items kept in and left out. Each piece is a process of its own and
+leaves two files, so that a long table can be made in any order and go on after a stop; the table is
+made of whatever pieces there are (`benchmarks/quality_table.py`).
+
+    python -m benchmarks.quality row ROW --data DATASET --seed 1 --out FOLDER
+    python -m benchmarks.quality table --out FOLDER --write docs/results
+
+Shapes: U users, N items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from benchmarks import common, quality_table
+from benchmarks.quality_rows import BASELINES, SOURCES, Order, row_names
+from benchmarks.quality_table import METRICS
+from genrec import runtime
+from genrec.artifacts import Artifact, atomic_file, write_json_atomic
+from genrec.bundle import mode_name
+from genrec.cli.common import DEFAULT_CACHE
+from genrec.config import load_yaml
+from genrec.configs_folder import find_config
+from genrec.data import Dataset
+from genrec.data.interactions import Examples
+from genrec.errors import GenrecError, UserError
+from genrec.evaluation import metrics
+from genrec.evaluation.evaluator import DEFAULT_KS, evaluate_scores
+from genrec.evaluation.runs import PROTOCOL
+from genrec.item_index import ItemIndex
+from genrec.models.baselines import TRAINED, Baseline, make_baselines
+from genrec.pipeline import listing, results
+from genrec.pipeline.run import LOCAL, Run
+
+RANK = "rank"  # of the target, from 0, halves where it is tied; -1: not found
+_FIT_STAGES = ("embed", "tokenize", "index", "train")
+
+Values = dict[str, np.ndarray]
+
+
+@dataclass
+class Piece:
+    """What fitting and ranking found.
+
+    Args:
+        user_rows: (U,) of the test users.
+        values: by mode, metric -> (U,); `rank` is the target's place from 0, -1 = not found.
+        validation: NDCG@10 of all validation targets, seen items kept in.
+        seconds_fit: wall time.
+        seconds_rank: wall time by mode.
+        details: anything else worth keeping (JSON).
+    """
+
+    user_rows: np.ndarray
+    values: dict[str, Values]
+    validation: float
+    seconds_fit: float
+    seconds_rank: dict[str, float]
+    details: dict[str, Any]
+
+
+# -- fitting and ranking ----------------------------------------------------------------------
+
+
+def fit_baseline(settings: dict[str, Any], dataset: Dataset, seed: int) -> Piece:
+    """Fit a baseline on the training interactions and rank the catalogue for all test users."""
+    choice = {**settings, "seed": seed} if settings["name"] in TRAINED else settings
+    (model,) = make_baselines([choice]).values()
+    validation = dataset.interactions.examples("valid")
+    begun = time.perf_counter()
+    model.fit(dataset.interactions.training(), dataset.catalog, validation)
+    seconds_fit = time.perf_counter() - begun
+    test = dataset.interactions.examples("test")
+    values, seconds = {}, {}
+    for masked in (False, True):
+        begun = time.perf_counter()
+        values[mode_name(masked)] = _ranked(model, test, masked)
+        seconds[mode_name(masked)] = time.perf_counter() - begun
+    shown = _ranked(model, validation, False)["ndcg@10"]
+    config = {"config": model.config.to_dict()}
+    return Piece(test.user_rows, values, float(shown.mean()), seconds_fit, seconds, config)
+
+
+def _ranked(model: Baseline, examples: Examples, masked: bool) -> Values:
+    """Return metrics and expected rank per user; the rank follows from the uncut MRR."""
+    ks = (*DEFAULT_KS, model.num_items)
+    found = evaluate_scores(model.scores, examples, ks=ks, mask_seen=masked)
+    inverse_U = found[f"mrr@{model.num_items}"]
+    place_U = np.round(2 * (1 / np.where(inverse_U > 0, inverse_U, 1) - 1)) / 2  # halves: ties
+    values = {name: found[name] for name in METRICS}
+    return {**values, RANK: np.where(inverse_U > 0, place_U, metrics.ABSENT)}
+
+
+def fit_generator(run: Run, dataset: Dataset) -> Piece:
+    """Run the stages of `genrec run` up to the lists of the test users."""
+    (seed,) = run.config.seeds
+    catalog = run.embed(dataset)
+    found = run.one_seed(dataset, catalog, seed)
+    index = ItemIndex.load(found.index.path)
+    valid = run.lists(dataset, index, found.model, "valid", False, seed)
+    training = found.model.extra["training"]
+    stages = {
+        label: seconds
+        for label, seconds in run.cache.seconds.items()
+        if label.split(" (")[0] in _FIT_STAGES
+    }
+    train = f"train (seed {seed})"
+    # From the cache, or gone on from a checkpoint: what its steps took is known all the same.
+    stages[train] = max(stages[train], training["seconds"])
+    return Piece(
+        found.test[mode_name(False)].arrays["user_rows"],
+        {mode: _listed(lists) for mode, lists in found.test.items()},
+        float(listing.list_values(valid, DEFAULT_KS)["ndcg@10"].mean()),
+        sum(stages.values()),
+        {mode: _search_seconds(lists) for mode, lists in found.test.items()},
+        {
+            "config": {k: v for k, v in run.config.to_dict().items() if k not in LOCAL},
+            "stages": stages,
+            "reused": sorted(label for label in stages if run.cache.reused[label]),
+            "epochs": training["epochs"],
+            "num_parameters": found.model.extra["num_parameters"],
+            "search": {mode: listing.read_latency(lists) for mode, lists in found.test.items()},
+        },
+    )
+
+
+def _listed(artifact: Artifact) -> Values:
+    lists, targets_U = listing.read_lists(artifact)
+    values = listing.list_values(artifact, DEFAULT_KS)
+    rank_U = metrics.ranks_in_lists(lists.rows, targets_U).astype(np.float64)
+    return {**{name: values[name] for name in METRICS}, RANK: rank_U}
+
+
+def _search_seconds(artifact: Artifact) -> float:
+    told = listing.read_latency(artifact)
+    return told["mean_ms"] * told["num_requests"] / 1000 if told else float("nan")
+
+
+# -- pieces -----------------------------------------------------------------------------------
+
+
+def make_piece(
+    order: Order, out: Path, cache: Path, *, device: str | None = None, again: bool = False
+) -> Path:
+    """Make one piece, or find it finished; return its JSON file.
+
+    Args:
+        order: what is wanted; without a name, the data set's own is taken.
+        out: folder of all pieces.
+        cache: stage cache of runs.
+        device: torch device name; None chooses.
+        again: replace a finished piece.
+
+    Raises:
+        UserError: a finished piece is of other data or other settings.
+    """
+    dataset = Run(order.config, out=out, cache=cache, device=device).dataset()
+    order = replace(order, name=order.name or dataset.name)
+    path = out / order.name / f"{order.row}-{order.seed}.json"
+    if path.is_file() and not again:
+        _check_same(path, order, dataset.fingerprint)
+        return path
+    logs = out / order.name / "logs" / f"{order.row}-{order.seed}"
+    run = Run(order.config, out=logs, cache=cache, device=device)
+    with runtime.default_device(run.accelerator.device):
+        if order.row in BASELINES:
+            piece = fit_baseline(order.settings, dataset, order.seed)
+        else:
+            piece = fit_generator(run, dataset)
+    _write(path, piece, order, dataset, run)
+    return path
+
+
+def _check_same(path: Path, order: Order, fingerprint: str) -> None:
+    told = json.loads(path.read_text(encoding="utf-8"))
+    other_data = told["dataset"]["fingerprint"] != fingerprint
+    if other_data or told["settings"] != json.loads(json.dumps(order.settings)):
+        raise UserError(
+            f"{path.name} in {path.parent.name}/ was made with other "
+            f"{'data' if other_data else 'settings'}. Add --again to replace it, or --name for a "
+            "data set of its own."
+        )
+
+
+def _write(path: Path, piece: Piece, order: Order, dataset: Dataset, run: Run) -> None:
+    """Write the values and then the JSON: a piece with a JSON file is whole."""
+    flags = {"name": order.row, "seed": order.seed}
+    tables = [
+        results.per_user_table(
+            piece.user_rows, piece.values[mode_name(masked)], masked=masked, **flags
+        )
+        for masked in (False, True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with atomic_file(path.with_suffix(".parquet")) as temporary:
+        pl.concat(tables).write_parquet(temporary)
+    protocol = results.protocol(run.config, dataset)
+    write_json_atomic(
+        path,
+        {
+            "row": order.row,
+            "seed": order.seed,
+            "dataset": {**results.dataset_facts(dataset), "name": order.name},
+            "protocol": {key: protocol[key] for key in PROTOCOL},
+            "metrics": {
+                mode: {metric: float(values[metric].mean()) for metric in METRICS}
+                for mode, values in piece.values.items()
+            },
+            "validation_ndcg@10": piece.validation,
+            "seconds_fit": piece.seconds_fit,
+            "seconds_rank": piece.seconds_rank,
+            "settings": order.settings,
+            "details": piece.details,
+            "command": order.command(dataset.name),
+            "run_command": order.run_command,
+            "machine": {**common.machine(), "device": str(run.accelerator.device)},
+            "versions": runtime.versions(),
+            "git": runtime.git_state(),
+            "date": datetime.date.today().isoformat(),
+        },
+    )
+
+
+# -- command line -----------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    row = commands.add_parser("row", help="make one piece")
+    row.add_argument("row", choices=row_names(), metavar="ROW", help=", ".join(row_names()))
+    data = row.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data", type=Path, help="a folder that `genrec prepare` wrote")
+    data.add_argument("--source", choices=SOURCES, help="the data of this ready configuration")
+    row.add_argument("--name", help="what the data set is called; default its own name")
+    row.add_argument("--seed", type=int, default=0)
+    row.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="stage cache of runs")
+    row.add_argument("--device", help="cpu, cuda, ...; default the best at hand")
+    row.add_argument("--threads", type=int, help="CPU threads")
+    row.add_argument("--again", action="store_true", help="replace a finished piece")
+    table = commands.add_parser("table", help="make the table of all pieces")
+    table.add_argument("--write", type=Path, default=Path("docs/results"), help="folder")
+    for command in (row, table):
+        command.add_argument("--out", type=Path, required=True, help="folder of the pieces")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make a piece, or the table; see the module's text."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if arguments.command == "table":
+        for path in quality_table.write(arguments.out, arguments.write, row_names()):
+            print(path)
+        return
+    if arguments.threads:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+    data = {"dataset": str(arguments.data)}
+    if arguments.source:
+        data = load_yaml(find_config(arguments.source))["data"]
+    path = make_piece(
+        Order(arguments.row, arguments.seed, data, arguments.name or ""),
+        arguments.out,
+        arguments.cache,
+        device=arguments.device,
+        again=arguments.again,
+    )
+    told = json.loads(path.read_text(encoding="utf-8"))
+    keys = ("metrics", "validation_ndcg@10", "seconds_fit", "seconds_rank")
+    print(path, json.dumps({key: told[key] for key in keys}, indent=2))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GenrecError as error:
+        raise SystemExit(str(error)) from None

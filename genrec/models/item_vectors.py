@@ -1,0 +1,169 @@
+"""What is an item as a vector? The sum of its codes' vectors, one of its own, and its content.
+
+For backbones that read and score whole items. It knows neither histories nor losses.
+
+Shapes: N items, L levels, E width of the features' vectors, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genrec.artifacts import fingerprint
+from genrec.errors import UserError
+from genrec.item_index import ItemIndex
+from genrec.models.content import Content, standardized
+from genrec.models.hstu import ItemPositionsBackbone, ItemPositionsConfig
+
+if TYPE_CHECKING:
+    from genrec.data import Catalog
+
+
+class ItemVectorsConfig(ItemPositionsConfig):
+    """What an item's vector is made of, beside its codes."""
+
+    item_vectors: bool = True
+    """Give each item a learned vector of its own, added to those of its codes."""
+    item_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability that a training step does without an item's own vector, in the history as
+    among the candidates: items that are rare or new then rank by their codes."""
+    content: bool = False
+    """Add a linear map, learned, of the vector that the item's features gave: items with like texts
+    then help one another, rare and new ones most."""
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Whether training reads the catalogue's vectors."""
+        return self.content
+
+    def reads(self, catalog: Catalog) -> dict[str, str]:
+        """Return the fingerprint of the catalogue's vectors, if the model takes them in."""
+        if not self.content or catalog.vectors is None:
+            return {}
+        return {"vectors": fingerprint(catalog.vectors)}
+
+
+class ItemVectorsBackbone(ItemPositionsBackbone):
+    """A backbone from scratch with a vector per item; see the module's text."""
+
+    config: ItemVectorsConfig
+    item_tables: ClassVar[tuple[str, ...]] = ("own.weight", "content.vectors_NE")
+    own: nn.Embedding
+    content: Content
+
+    def __init__(
+        self,
+        config: ItemVectorsConfig,
+        tokens_NL: Tensor,
+        codebook_sizes: Sequence[int],
+        shared_vocabulary: bool = False,
+    ) -> None:
+        super().__init__(config, tokens_NL, codebook_sizes, shared_vocabulary)
+        self._made_table: tuple[tuple[Any, ...], Tensor] | None = None
+        if config.item_vectors:
+            self.own = nn.Embedding(len(self.tokens_NL), config.d_model)
+
+    def facts(self) -> dict[str, Any]:
+        """Return also the width of the item vectors that the model takes in, if any."""
+        facts = super().facts()
+        if self.config.content:
+            facts["vector_width"] = self.content.vectors_NE.shape[1]
+        return facts
+
+    @classmethod
+    def for_saved(
+        cls, config: Any, index: ItemIndex, facts: Mapping[str, Any], *, base: str | None = None
+    ) -> Self:
+        """Build a backbone that saved weights are loaded into; see `Backbone.for_saved`."""
+        model = super().for_saved(config, index, facts, base=base)
+        if config.content:
+            vectors_NE = torch.zeros(len(index), facts["vector_width"])
+            model.content = Content(vectors_NE, config.d_model, config.init_std)
+        return model
+
+    def start_from(self, catalog: Catalog) -> None:
+        """Take in the catalogue's vectors, where `content` says so.
+
+        Raises:
+            UserError: a catalogue without vectors, or another catalogue.
+        """
+        if not self.config.content:
+            return
+        found = "none" if catalog.vectors is None else str(len(catalog.vectors))
+        if catalog.vectors is None or len(catalog.vectors) != len(self.tokens_NL):
+            raise UserError(
+                f"model.content: got {found} item vectors for an index of {len(self.tokens_NL)} "
+                "items, expected one each. Give the catalogue vectors (`features`), or set "
+                "model.content=false."
+            )
+        vectors_NE = torch.from_numpy(np.asarray(catalog.vectors, dtype=np.float32))
+        content = Content(standardized(vectors_NE), self.config.d_model, self.config.init_std)
+        self.content = content.to(self.device)
+
+    def item_representations(self, rows: Tensor) -> Tensor:
+        """Return the items' vectors; see `Backbone.item_representations`."""
+        return self.item_vectors(rows)
+
+    def item_vectors(self, rows: Tensor) -> Tensor:
+        """Return the vectors of items, (...) -> (..., D); anything where a row is negative.
+
+        In training the whole table is made once where more rows are asked for than there are items;
+        without gradients it is made once and kept until a weight changes.
+        """
+        rows = rows.clamp(min=0)
+        if not (self.training or torch.is_grad_enabled()):
+            return F.embedding(rows, self._table())
+        if rows.numel() > len(self.tokens_NL):
+            return F.embedding(rows, self._made(None))
+        return self._made(rows)
+
+    def _table(self) -> Tensor:
+        """Return the vectors of all items, (N, D), made once for the weights as they are."""
+        weights = [self.embedding.weight]
+        weights += [self.own.weight] if self.config.item_vectors else []
+        if self.config.content:
+            content = self._content()
+            weights += [content.projection.weight, content.vectors_NE]
+        now = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in weights)
+        if self._made_table is None or self._made_table[0] != now:
+            self._made_table = now, self._made(None)
+        return self._made_table[1]
+
+    def _content(self) -> Content:
+        if "content" not in self._modules:
+            raise UserError(
+                "model.content: this model has not taken in item vectors, expected "
+                "start_from(catalog) before it is used. Train with `genrec run`, or call it."
+            )
+        return self.content
+
+    def _made(self, rows: Tensor | None) -> Tensor:
+        """Return the vectors of items; None: of all, without reading rows one by one."""
+        tokens = self.tokens_NL if rows is None else self.tokens_NL[rows]
+        vectors: Tensor = self.embedding(tokens).sum(-2)
+        if self.config.item_vectors:
+            own = self.own.weight if rows is None else self.own(rows)
+            vectors = vectors + own * self._keeps_own(rows)
+        if self.config.content:
+            content = self._content()
+            vectors = vectors + (content.table() if rows is None else content(rows))
+        return vectors
+
+    def draw_items(self) -> None:
+        """Draw which items the next training step knows without their own vectors."""
+        if self.training and self.config.item_dropout:
+            self._draws_N = torch.rand(len(self.tokens_NL), device=self.device)
+
+    def _keeps_own(self, rows: Tensor | None) -> Tensor | float:
+        """Return 0 for items that this training step knows by their codes only, else 1."""
+        if not self.training or not self.config.item_dropout:
+            return 1.0
+        draws = self._draws_N if rows is None else self._draws_N[rows]
+        return (draws >= self.config.item_dropout).unsqueeze(-1)

@@ -1,0 +1,178 @@
+"""Pieces of the table of quality are made once and hold what they say; the table adds them up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from benchmarks import quality, quality_rows, quality_table
+from benchmarks.quality_rows import Order
+from genrec.data import Dataset
+from genrec.data.synthetic import ring
+from genrec.errors import ConfigError, MismatchError, UserError
+from genrec.evaluation.evaluator import evaluate_scores
+from genrec.models.baselines import Markov, make_baselines
+
+SASREC = {"name": "sasrec", "d_model": 8, "num_layers": 1, "epochs": 2, "batch_targets": 256}
+GENERATOR = {
+    "features": {"name": "lsa", "num_dimensions": 8},
+    "tokenizer": {"name": "rqkmeans", "num_levels": 2, "codebook_size": 4},
+    "model.d_model": 8,
+    "model.num_layers": 1,
+    "model.d_ff": 8,
+    "trainer.epochs": 1,
+    "decoding.width": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rings"
+    ring(num_items=24, num_users=40, length=6).save(path)
+    return path
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quality_rows.BASELINES, "sasrec-sampled", SASREC)
+    monkeypatch.setitem(quality_rows.GENERATORS, "genrec", GENERATOR)
+    monkeypatch.setattr(quality_table, "NUM_SAMPLES", 200)
+
+
+def make(
+    folder: Path, tmp_path: Path, row: str, seed: int = 0, name: str = "", **more: Any
+) -> Path:
+    order = Order(row, seed, {"dataset": str(folder)}, name)
+    return quality.make_piece(order, tmp_path / "out", tmp_path / "cache", device="cpu", **more)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("row", quality_rows.row_names())
+def test_every_row_is_a_valid_configuration(row: str) -> None:
+    order = Order(row, 0, {"dataset": "rings"}, "rings")
+    assert order.config.evaluation.masked == (False, True)
+    if row in quality_rows.BASELINES:
+        assert len(make_baselines([order.settings])) == 1
+        assert order.run_command is None
+    else:
+        assert order.run_command.startswith("genrec run configs/genrec.yaml data=rings")
+
+
+def test_rows_differ_from_the_default_as_they_are_named() -> None:
+    def model(row: str) -> dict[str, Any]:
+        return Order(row, 1, {"dataset": "x"}, "x").config.model.to_dict()
+
+    assert model("genrec")["content"] and not model("genrec-no-content")["content"]
+    assert model("genrec")["repeat_bias"] and not model("genrec-no-repeat")["repeat_bias"]
+    items = model("genrec-items-0")
+    assert (items["items_from"], items["num_negatives"]) == (0, 512)
+    assert model("tiger")["name"] == "encoder_decoder"
+
+
+def test_a_data_set_may_want_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quality_rows.BY_DATASET, "rings", {"ease": {"regularization": 7.0}})
+    assert Order("ease", 0, {"dataset": "r"}, "rings").settings["regularization"] == 7.0
+    assert "regularization" not in Order("ease", 0, {"dataset": "r"}, "other").settings
+
+
+def test_mistakes_in_an_order_are_named() -> None:
+    with pytest.raises(UserError, match=r"row: got 'markow', expected one of most_popular"):
+        Order("markow", 0, {}, "")
+    with pytest.raises(UserError, match=r"markov has no seed: got 2, expected 0"):
+        Order("markov", 2, {}, "")
+    with pytest.raises(ConfigError, match=r"expected either `dataset`"):
+        _ = Order("markov", 0, {}, "").config
+
+
+def test_a_counting_piece_holds_metrics_and_ranks(folder: Path, tmp_path: Path) -> None:
+    path = make(folder, tmp_path, "markov")
+    told, data = read(path), Dataset.load(folder)
+    assert path == tmp_path / "out" / data.name / "markov-0.json"
+    assert told["command"] == "python -m benchmarks.quality row markov --data rings"
+    assert str(tmp_path) not in path.read_text() and told["seconds_fit"] >= 0
+    assert {"commit", "cpu", "torch"} <= {*told["git"], *told["machine"], *told["versions"]}
+    table = pl.read_parquet(path.with_suffix(".parquet"))
+    model = Markov().fit(data.interactions.training())
+    for masked, mode in ((False, "unmasked"), (True, "masked")):
+        test = data.interactions.examples("test")
+        expected = evaluate_scores(model.scores, test, mask_seen=masked)
+        mine = table.filter(pl.col("masked") == masked)
+        assert mine["user_row"].to_list() == test.user_rows.tolist()
+        for metric in quality_table.METRICS:
+            assert np.array_equal(mine[metric].to_numpy(), expected[metric])
+            assert told["metrics"][mode][metric] == pytest.approx(expected[metric].mean())
+        rank = mine["rank"].to_numpy()
+        assert np.array_equal((rank >= 0) & (rank < 5), expected["recall@5"] == 1)
+        assert np.allclose(1 / (rank + 1), evaluate_scores(
+            model.scores, test, ks=(24,), mask_seen=masked)["mrr@24"])  # fmt: skip
+
+
+def test_a_finished_piece_is_made_again_only_when_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(folder, tmp_path, "item_knn")
+    before = path.stat().st_mtime_ns
+    assert make(folder, tmp_path, "item_knn") == path and path.stat().st_mtime_ns == before
+    changed = {"name": "item_knn", "history_length": 2}
+    monkeypatch.setitem(quality_rows.BASELINES, "item_knn", changed)
+    with pytest.raises(UserError, match=r"item_knn-0.json in .* with other settings. Add --again"):
+        make(folder, tmp_path, "item_knn")
+    make(folder, tmp_path, "item_knn", again=True)
+    assert read(path)["settings"] == changed
+    other = tmp_path / "other"
+    ring(num_items=24, num_users=30, length=6).save(other)
+    name = path.parent.name
+    with pytest.raises(UserError, match=r"with other data. Add --again"):
+        make(other, tmp_path, "item_knn", name=name)
+
+
+def test_the_table_adds_pieces_up(tiny: None, folder: Path, tmp_path: Path) -> None:
+    make(folder, tmp_path, "markov", name="rings")
+    for seed in (1, 2):
+        make(folder, tmp_path, "sasrec-sampled", seed, name="rings")
+    piece = read(make(folder, tmp_path, "genrec", 1, name="rings"))
+    assert piece["seconds_fit"] > 0 and piece["seconds_rank"]["masked"] > 0
+    assert "--name rings" in piece["command"] and "model.d_model=8" in piece["run_command"]
+    assert "data" not in piece["details"]["config"]
+    quality.main(["table", "--out", str(tmp_path / "out"), "--write", str(tmp_path / "docs")])
+    found = read(tmp_path / "docs" / "quality.json")
+    names = ["markov", "sasrec-sampled", "genrec"]
+    assert [row["name"] for row in found["rows"]] == 2 * names
+    assert [row["masked"] for row in found["rows"]] == 3 * [False] + 3 * [True]
+    markov, sasrec, genrec = found["rows"][:3]
+    assert sasrec["seeds"] == [1, 2] and sasrec["ndcg@10_sd"] >= 0 and markov["ndcg@10_sd"] is None
+    pieces = [read(tmp_path / "out" / "rings" / f"sasrec-sampled-{seed}.json") for seed in (1, 2)]
+    for metric in quality_table.METRICS:
+        mean = np.mean([piece["metrics"]["unmasked"][metric] for piece in pieces])
+        low, high = sasrec[f"{metric}_ci"]
+        assert sasrec[metric] == pytest.approx(mean) and low <= mean <= high
+    assert "vs_markov" not in markov and "vs_sasrec-sampled" not in sasrec
+    test = genrec["vs_markov"]
+    assert test["difference"] == pytest.approx(genrec["ndcg@10"] - markov["ndcg@10"])
+    assert test["p_holm"] >= test["p"] and test["p_permutation_holm"] >= test["p_permutation"]
+    assert {"seconds", "seconds_rank", "dates", "machines", "settings"} <= genrec.keys()
+    assert "ease" in found["not_run"]["rings"] and "genrec" not in found["not_run"]["rings"]
+    text = (tmp_path / "docs" / "quality.md").read_text(encoding="utf-8")
+    assert "### rings: seen items kept in" in text and "- tiger: not run." in text
+    assert "--seed {1,2} --out FOLDER`" in text and str(tmp_path) not in text
+    assert (tmp_path / "docs" / "quality-rings.svg").read_text().startswith("<svg xmlns=")
+
+
+def test_seeds_of_a_row_must_agree(
+    tiny: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"'out' holds no pieces. Make some"):
+        quality_table.read_cells(tmp_path / "out", quality_rows.row_names())
+    make(folder, tmp_path, "sasrec-sampled", 1, name="rings")
+    monkeypatch.setitem(quality_rows.BASELINES, "sasrec-sampled", {**SASREC, "epochs": 1})
+    make(folder, tmp_path, "sasrec-sampled", 2, name="rings")
+    with pytest.raises(MismatchError, match=r"on rings: settings of seed 2 is not that of seed 1"):
+        quality_table.read_cells(tmp_path / "out", quality_rows.row_names())
