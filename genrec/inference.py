@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from genrec import runtime
+from genrec.data.interactions import Examples
 from genrec.decoding import Boosts, CSRIndex, Filters, Scoring, beam_search, score_levels
-from genrec.models.base import Backbone, pad_histories
+from genrec.models.base import Backbone, Batch, RequestContext, pad_histories
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def search(
     allow: Sequence[np.ndarray] | None = None,
     boosts: Boosts | None = None,
     scoring: Scoring = "renormalized",
+    context: RequestContext | None = None,
     batch_size: int = 64,
     description: str | None = None,
     on_batch: Callable[[int, float], None] | None = None,
@@ -88,6 +90,7 @@ def search(
         allow: per history, the only rows that may be returned.
         boosts: additive scores of all items.
         scoring: what a log-probability is among (see `beam_search`).
+        context: what is known of the requests beside their items; None: nothing.
         batch_size: histories searched together; does not change results.
         description: text of a progress bar, or None for none.
         on_batch: called after each batch with its requests and the seconds that they took.
@@ -107,7 +110,7 @@ def search(
         for start in range(0, total, batch_size):
             begun = time.perf_counter()
             chosen = order[start : start + batch_size]
-            batch = pad_histories([histories[i] for i in chosen], model.config.max_history)
+            batch = read_batch(model, histories, chosen, context)
             filters = _filters(exclude, allow, chosen)
             beams = beam_search(
                 model,
@@ -143,6 +146,7 @@ def level_logprobs(
     rows: np.ndarray,
     *,
     scoring: Scoring = "renormalized",
+    context: RequestContext | None = None,
     batch_size: int = 64,
     description: str | None = None,
 ) -> np.ndarray:
@@ -154,6 +158,7 @@ def level_logprobs(
         histories: B arrays of item rows, oldest first.
         rows: (B, k) what `search` listed, -1 where padded.
         scoring: as for that search, so that the parts add up to its log-probabilities.
+        context: as for that search.
         batch_size: histories scored together.
         description: text of a progress bar, or None for none.
 
@@ -169,7 +174,7 @@ def level_logprobs(
     with runtime.progress(description or "", len(histories) if description else 0) as advance:
         for start in range(0, len(histories), batch_size):
             chosen = order[start : start + batch_size]
-            batch = pad_histories([histories[i] for i in chosen], model.config.max_history)
+            batch = read_batch(model, histories, chosen, context)
             levels = score_levels(
                 model,
                 batch.to(model.device),
@@ -181,6 +186,33 @@ def level_logprobs(
             advance(len(chosen))
     model.train(training)
     return found
+
+
+def read_batch(
+    model: Backbone,
+    histories: Sequence[np.ndarray],
+    chosen: np.ndarray,
+    context: RequestContext | None = None,
+) -> Batch:
+    """Return the batch of some histories, cut to what the model reads."""
+    return pad_histories(
+        [histories[i] for i in chosen],
+        model.config.max_history,
+        context=None if context is None else context.select(chosen),
+        truncation=model.config.truncation,
+    )
+
+
+def context_of(model: Backbone, examples: Examples) -> RequestContext | None:
+    """Return what a model reads of a data set's examples beside their items; None: nothing.
+
+    The request is taken to be made at the time of the target. Only a model with
+    `time_features: gap_recency` looks at it.
+    """
+    users_B = model.user_rows([str(row) for row in examples.user_rows])
+    if model.reads_times:
+        return RequestContext(examples.history_times(), examples.target_times, users_B)
+    return None if users_B is None else RequestContext(users_B=users_B)
 
 
 def _open_rows(constraint: CSRIndex) -> np.ndarray:

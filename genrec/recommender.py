@@ -26,9 +26,9 @@ from genrec.data.rules import group_labels, matching_rows
 from genrec.decoding import Boosts, CSRIndex, Scoring, score_candidates
 from genrec.decoding.lists import ListRule, select
 from genrec.errors import UserError
-from genrec.inference import RankedLists, level_logprobs, search
+from genrec.inference import RankedLists, level_logprobs, read_batch, search
 from genrec.item_index import ItemIndex
-from genrec.models.base import pad_histories
+from genrec.models.base import RequestContext
 
 log = runtime.get_logger(__name__)
 
@@ -144,6 +144,9 @@ class Recommender:
         rerank: Reranker | None = None,
         width: int | None = None,
         missing: Literal["skip", "error"] = "skip",
+        times: Sequence[Sequence[float] | np.ndarray] | None = None,
+        now: Sequence[float] | None = None,
+        users: Sequence[str | None] | None = None,
     ) -> Recommendations:
         """Return the k most likely next items of every history.
 
@@ -166,10 +169,17 @@ class Recommender:
             width: beam width, >= k; default the one that the bundle was calibrated at. Another
                 width changes which items are found, not what an item scores.
             missing: unknown items in a history: "skip" them with one warning, or raise.
+            times: seconds since 1970 at which each item of each history was taken, 0 where not
+                known. Models that were trained with times need them; others do not look.
+            now: seconds at which each request is made; models trained with
+                `time_features: gap_recency` answer by it, or as they learned to without it.
+            users: who asks, as the training data calls them (a data set of `genrec prepare`: its
+                user rows, as text); None for nobody known. Models without user tokens do not look.
 
         Raises:
             UserError: k or width below 1, width below k, unknown items in a filter or boost (or in
-                a history with missing="error"), a rule that cannot be read, rerank with list rules.
+                a history with missing="error"), a rule that cannot be read, rerank with list rules,
+                times that are missing or do not fit the histories.
         """
         if rerank is not None and list_rules:
             raise UserError(
@@ -177,7 +187,8 @@ class Recommender:
                 "lists ordered by score, which re-ranked ones are not."
             )
         self._check_histories(histories)
-        rows = self._history_rows(histories, missing)
+        rows, kept = self._history_rows(histories, missing)
+        context = self._context(histories, kept, times, now, users)
         width = self._check_width(k, width)
         denied = self._filter_rows(exclude, len(rows), "exclude")
         if exclude_seen:
@@ -197,8 +208,9 @@ class Recommender:
             allow=allowed,
             boosts=self._boosts(boosts),
             scoring=self.scoring,
+            context=context,
         )
-        probabilities = self._probabilities(lists, rows, allowed, rule, exclude_seen)
+        probabilities = self._probabilities(lists, rows, context, allowed, rule, exclude_seen)
         if list_rules:
             answer = self._selected(lists, probabilities, k, list_rules)
         elif rerank is not None:
@@ -217,18 +229,30 @@ class Recommender:
         """
         return group_labels(self.catalog, column)
 
-    def score(self, histories: Histories, candidates: Histories) -> np.ndarray:
+    def score(
+        self,
+        histories: Histories,
+        candidates: Histories,
+        *,
+        times: Sequence[Sequence[float] | np.ndarray] | None = None,
+        now: Sequence[float] | None = None,
+        users: Sequence[str | None] | None = None,
+    ) -> np.ndarray:
         """Return exact log-probabilities of given items over the whole catalogue.
 
         Args:
             histories: B histories of item ids (unknown ones are skipped with a warning).
             candidates: B lists of item ids to score.
+            times: as for `recommend`.
+            now: as for `recommend`.
+            users: as for `recommend`.
 
         Returns:
             (B, C) float64, C the longest list; shorter ones are padded with -inf.
 
         Raises:
-            UserError: numbers of histories and lists differ, or an unknown candidate.
+            UserError: numbers of histories and lists differ, an unknown candidate, or times that
+                are missing or do not fit.
         """
         self._check_histories(histories)
         if len(histories) != len(candidates):
@@ -236,7 +260,8 @@ class Recommender:
                 f"score: got {len(histories)} histories and {len(candidates)} candidate lists, "
                 "expected one list per history."
             )
-        rows = self._history_rows(histories, "skip")
+        rows, kept = self._history_rows(histories, "skip")
+        context = self._context(histories, kept, times, now, users)
         wanted = [self.index.rows_of(items) for items in candidates]
         longest = max((len(w) for w in wanted), default=0)
         if not longest:
@@ -244,7 +269,7 @@ class Recommender:
         rows_BC = np.full((len(rows), longest), -1, dtype=np.int64)
         for i, found in enumerate(wanted):
             rows_BC[i, : len(found)] = found
-        batch = pad_histories(rows, self.model.config.max_history).to(self.device)
+        batch = read_batch(self.model, rows, np.arange(len(rows)), context).to(self.device)
         with torch.inference_mode():
             scores = score_candidates(
                 self.model,
@@ -266,11 +291,13 @@ class Recommender:
 
     def _history_rows(
         self, histories: Histories, missing: Literal["skip", "error"]
-    ) -> list[np.ndarray]:
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the rows of the known items, and which places of the histories they come from."""
         if missing not in ("skip", "error"):
             raise UserError(f"missing: got {missing!r}, expected 'skip' or 'error'.")
         if missing == "error":
-            return [self.index.rows_of(h) for h in histories]
+            found = [self.index.rows_of(h) for h in histories]
+            return found, [np.arange(len(rows)) for rows in found]
         marked = [self.index.rows_of(h, missing="mark") for h in histories]
         unknown = {
             str(item)
@@ -287,7 +314,49 @@ class Recommender:
                 shown,
                 " ..." if len(unknown) > 5 else "",
             )
-        return [rows[rows >= 0] for rows in marked]
+        kept = [np.flatnonzero(rows >= 0) for rows in marked]
+        return [rows[places] for rows, places in zip(marked, kept, strict=True)], kept
+
+    def _context(
+        self,
+        histories: Histories,
+        kept: Sequence[np.ndarray],
+        times: Sequence[Sequence[float] | np.ndarray] | None,
+        now: Sequence[float] | None,
+        users: Sequence[str | None] | None,
+    ) -> RequestContext | None:
+        """Return what the model reads beside the items that were kept; None: nothing."""
+        for name, given in (("times", times), ("now", now), ("users", users)):
+            if given is not None and (isinstance(given, str) or len(given) != len(histories)):
+                raise UserError(
+                    f"{name}: got {len(given)} for {len(histories)} histories, expected one for "
+                    "each."
+                )
+        found = None if users is None else self.model.user_rows(users)
+        if not self.model.reads_times:
+            return None if found is None else RequestContext(users_B=found)
+        if times is None:
+            raise UserError(
+                "times: got none, but this model reads when items were taken. Expected seconds "
+                "since 1970 for each item of each history (0 where not known): "
+                "times=[[881250949, 881250991]]."
+            )
+        seconds = [np.asarray(row, dtype=np.float64) for row in times]
+        for number, (row, history) in enumerate(zip(seconds, histories, strict=True)):
+            if row.shape != (len(history),):
+                raise UserError(
+                    f"times[{number}]: got {row.size} times for {len(history)} items, expected one "
+                    "for each item of the history, 0 where not known."
+                )
+            _check_seconds(f"times[{number}]", row)
+        now_B = None if now is None else np.asarray(now, dtype=np.float64)
+        if now_B is not None:
+            _check_seconds("now", now_B)
+        return RequestContext(
+            [row[places].astype(np.int64) for row, places in zip(seconds, kept, strict=True)],
+            None if now_B is None else now_B.astype(np.int64),
+            found,
+        )
 
     def _filter_rows(
         self, items: Histories | Sequence[str] | None, count: int, what: str
@@ -385,6 +454,7 @@ class Recommender:
         self,
         lists: RankedLists,
         histories: Sequence[np.ndarray],
+        context: RequestContext | None,
         allowed: Sequence[np.ndarray] | None,
         rule: str | np.ndarray | None,
         exclude_seen: bool,
@@ -406,10 +476,11 @@ class Recommender:
                 histories,
                 lists.rows,
                 scoring=self.scoring,
+                context=context,
             )
         lengths = np.array([len(history) for history in histories], dtype=np.int64)
-        context = ListContext(lengths, levels)
-        found: np.ndarray = calibrator.probabilities(lists.logprobs, lists.num_rest, context)
+        known = ListContext(lengths, levels)
+        found: np.ndarray = calibrator.probabilities(lists.logprobs, lists.num_rest, known)
         return found
 
     def _calibrator(self, exclude_seen: bool) -> Any:
@@ -438,3 +509,10 @@ class Recommender:
         all_scores[:, :got] = scores[:, :got]
         all_probabilities[:, :got] = probabilities[:, :got]
         return Recommendations(item_ids, all_scores, all_probabilities, certified)
+
+
+def _check_seconds(name: str, seconds: np.ndarray) -> None:
+    if seconds.size and not (np.isfinite(seconds).all() and seconds.min() >= 0):
+        raise UserError(
+            f"{name}: got {seconds.min()}, expected seconds since 1970, or 0 where not known."
+        )

@@ -1,9 +1,9 @@
 """How much does it matter that an item stands in the history already, and how long ago?
 
 Where users never take an item twice the answer is a large negative number, where they do a positive
-one (RepeatNet, Ren et al. 2019, learns the same with a decoder of its own). A network of a few
-dozen dimensions cannot hold which of fifty items were seen; these few numbers can. It knows neither
-networks nor codes.
+one (RepeatNet, Ren et al. 2019, 1812.02646, learns the same with a decoder of its own). A network
+of a few dozen dimensions cannot hold which of fifty items were seen; these few numbers can. It
+knows neither networks nor codes.
 
 Shapes: B sequences or requests, H items of them.
 """

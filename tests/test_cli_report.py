@@ -56,7 +56,9 @@ def test_a_report_of_one_run_has_every_section(
                   "Use of codes", "Map of the items", "Speed", "Data", "Protocol"):  # fmt: skip
         assert title in page.text, title
     assert "genrec run small.yaml" in page.text  # the command that made it
-    assert "begins like" in page.text and "not at hand" not in page.text
+    # Whether an item shares codes with the history is up to this small model's chance.
+    assert "begins like" in page.text or "no code in common" in page.text
+    assert "not at hand" not in page.text
 
 
 def test_a_run_and_the_command_write_the_same_page(

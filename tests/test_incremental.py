@@ -67,8 +67,14 @@ class Model:
 
     training_unit = "target"
 
+    reads_times = False
+
     class config:
         max_history = 2
+        truncation = "last"
+
+    def user_rows(self, users):
+        return None
 
 
 @pytest.mark.parametrize("replay", [0.0, 0.5, 1.0])

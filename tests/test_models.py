@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from genrec.errors import ConfigError, UserError
 from genrec.item_index import ItemIndex
 from genrec.models import BACKBONES
-from genrec.models.base import FIRST_TOKEN, Batch, keep_last, pad_histories
+from genrec.models.base import FIRST_TOKEN, Batch, keep, pad_histories
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
 from genrec.models.hierarchical import Hierarchical
@@ -237,7 +237,7 @@ def test_exported_models_generate_the_same_items(name, index):
         (EncoderDecoder, {"recency_embeddings": True}, "recency_embeddings=false"),
         (EncoderDecoder, {"tie_embeddings": False}, "tie_embeddings=true"),
         (DecoderOnly, {"activation": "gelu"}, "activation='swiglu'"),
-        (DecoderOnly, {"item_positions": True}, "both options off"),
+        (DecoderOnly, {"item_positions": True}, "all these options off"),
     ],
 )
 def test_what_the_library_cannot_express_is_refused(cls, options, told, index):
@@ -271,7 +271,7 @@ def test_buckets_equal_transformers(num_buckets, max_distance, bidirectional):
 @settings(max_examples=40, deadline=None)
 def test_collating_and_cutting_keep_the_last_items(histories, limit):
     batch = pad_histories(histories, limit)
-    cut = keep_last(pad_histories(histories, 99).history_BH, limit)
+    cut = keep(pad_histories(histories, 99).history_BH, limit)
     assert batch.history_BH.dtype == torch.int64
     for history, padded, again in zip(histories, batch.history_BH, cut, strict=True):
         kept = history[-limit:]

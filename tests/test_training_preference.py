@@ -28,10 +28,10 @@ from genrec.trainers.place import Place
 from genrec.trainers.preference import (
     Preference,
     PreferenceLearner,
-    find_model,
     item_logprobs,
     preference_loss,
 )
+from genrec.trainers.trained import find_model
 from genrec.weights import model_arrays
 
 DATASET = ring(num_items=12, num_users=20, length=8)
@@ -114,7 +114,7 @@ def test_probabilities_are_those_of_the_search(name: str) -> None:
     tree = CatalogueTree(model.tokens_NL, model.level_offsets_L)
     batch = pad_histories([[1, 2, 3], []], 4)
     every = torch.arange(12).expand(2, -1)
-    found = item_logprobs(model, tree, batch.history_BH, every)
+    found = item_logprobs(model, tree, batch, every)
     torch.testing.assert_close(found.logsumexp(1), torch.zeros(2), atol=1e-5, rtol=0)
     beams = beam_search(model, batch, CSRIndex.from_index(INDEX), width=12, k=12)
     torch.testing.assert_close(found.gather(1, beams.rows_Bk), beams.logprobs_Bk)
@@ -186,7 +186,7 @@ def test_the_likelihood_can_be_kept_beside_it(start: Path) -> None:
     learner = PreferenceLearner(model, make_model(), config)
     plain = PreferenceLearner(model, make_model(), Preference.Config(start_from=str(start)))
     assert batch.target_B is not None
-    logprobs = item_logprobs(model, plain.tree, batch.history_BH, batch.target_B[:, None])
+    logprobs = item_logprobs(model, plain.tree, batch, batch.target_B[:, None])
     expected = plain(batch).loss_sum - 0.5 * logprobs.sum()
     torch.testing.assert_close(learner(batch).loss_sum, expected)
 

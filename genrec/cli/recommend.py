@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from genrec.cli.common import DEVICE, JSON, print_json, print_table
+from genrec.errors import UserError
 
 if TYPE_CHECKING:
     from genrec.recommender import Recommendations, Recommender
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
 
 def _ids(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _seconds(text: str) -> list[float]:
+    try:
+        return [float(part) for part in _ids(text)]
+    except ValueError:
+        raise UserError(
+            f"--times: got {text!r}, expected seconds since 1970 with commas between them, one for "
+            "each item of --history, 0 where not known."
+        ) from None
 
 
 def register(app: typer.Typer) -> None:
@@ -36,6 +47,18 @@ def register(app: typer.Typer) -> None:
             'e.g. "year >= 1990 and title is not null".',
         ),
         keep_seen: bool = typer.Option(False, "--keep-seen", help="Keep the history's items in."),
+        times: list[str] = typer.Option(
+            None,
+            "--times",
+            help="Seconds since 1970 of the history's items, 0 where not known: "
+            "881250949,881250991. For models trained with times; repeat like --history.",
+        ),
+        now: list[float] = typer.Option(
+            None, "--now", help="Seconds since 1970 of the request; repeat like --history."
+        ),
+        who: list[str] = typer.Option(
+            None, "--user", help="Who asks, as the training data calls them; repeat like --history."
+        ),
         width: int = typer.Option(None, "--width", help="Beam width; default the bundle's."),
         missing: str = typer.Option(
             "skip", "--missing", help="Unknown items in a history: skip or error."
@@ -57,6 +80,9 @@ def register(app: typer.Typer) -> None:
             rule=rule,
             width=width,
             missing=missing,  # type: ignore[arg-type]
+            times=[_seconds(text) for text in times] if times else None,
+            now=now or None,
+            users=who or None,
         )
         users: list[dict[str, Any]] = [
             {

@@ -30,12 +30,16 @@ class Examples:
         target_rows: (B,) int64, the item row to predict.
         flat: item rows of all histories, one after the other, oldest first.
         offsets: (B + 1,) int64 into `flat`.
+        times: int64 seconds of `flat` (0 where the source has none); None: not kept.
+        target_times: (B,) int64 seconds of the targets; None: not kept.
     """
 
     user_rows: np.ndarray
     target_rows: np.ndarray
     flat: np.ndarray
     offsets: np.ndarray
+    times: np.ndarray | None = None
+    target_times: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.target_rows)
@@ -48,6 +52,10 @@ class Examples:
         """Return all histories."""
         return [self.history(i) for i in range(len(self))]
 
+    def history_times(self) -> list[np.ndarray] | None:
+        """Return the seconds of the items of all histories."""
+        return None if self.times is None else np.split(self.times, self.offsets[1:-1])
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """History lengths (B,)."""
@@ -55,24 +63,37 @@ class Examples:
 
     def select(self, examples: np.ndarray) -> Examples:
         """Return the examples at these positions, in that order."""
+        times = self.history_times()
         return Examples.of(
             self.user_rows[examples],
             self.target_rows[examples],
             [self.history(int(i)) for i in examples],
+            None if times is None else [times[int(i)] for i in examples],
+            None if self.target_times is None else self.target_times[examples],
         )
 
     @classmethod
     def of(
-        cls, user_rows: np.ndarray, target_rows: np.ndarray, histories: list[np.ndarray]
+        cls,
+        user_rows: np.ndarray,
+        target_rows: np.ndarray,
+        histories: list[np.ndarray],
+        times: list[np.ndarray] | None = None,
+        target_times: np.ndarray | None = None,
     ) -> Examples:
-        """Build from a list of histories."""
+        """Build from a list of histories, and of their items' seconds."""
         offsets = np.concatenate([[0], np.cumsum([len(h) for h in histories])]).astype(np.int64)
-        flat = np.concatenate(histories) if histories else np.empty(0, np.int64)
+
+        def flat(parts: list[np.ndarray]) -> np.ndarray:
+            return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
         return cls(
             np.asarray(user_rows, np.int64),
             np.asarray(target_rows, np.int64),
-            flat.astype(np.int64),
+            flat(histories),
             offsets,
+            None if times is None else flat(times),
+            None if target_times is None else np.asarray(target_times, np.int64),
         )
 
 
@@ -103,6 +124,11 @@ class Interactions:
     def num_users(self) -> int:
         """Number of users (U)."""
         return len(self.offsets) - 1
+
+    @property
+    def user_names(self) -> list[str]:
+        """What users are called here: their rows as text (raw ids never enter a data set)."""
+        return [str(row) for row in range(self.num_users)]
 
     def user(self, user_row: int) -> np.ndarray:
         """Return the item rows of one user, oldest first."""
@@ -138,7 +164,7 @@ class Interactions:
         without any history.
         """
         wanted = SPLITS[split]
-        users, targets, histories = [], [], []
+        users, targets, histories, times, target_times = [], [], [], [], []
         for u in range(self.num_users):
             start, stop = self.offsets[u], self.offsets[u + 1]
             places = np.flatnonzero(self.splits[start:stop] == wanted)
@@ -150,7 +176,11 @@ class Interactions:
             users.append(u)
             targets.append(self.item_rows[start + place])
             histories.append(self.item_rows[start : start + place])
-        return Examples.of(np.array(users), np.array(targets), histories)
+            times.append(self.timestamps[start : start + place])
+            target_times.append(self.timestamps[start + place])
+        return Examples.of(
+            np.array(users), np.array(targets), histories, times, np.array(target_times)
+        )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -42,8 +42,9 @@ class SASRecConfig(StrictConfig):
     max_history: int = Field(default=50, ge=1)
     """Last items of a history that are read (paper: 50, MovieLens 200)."""
     loss: Literal["softmax", "sampled_softmax", "bce"] = "softmax"
-    """softmax: cross-entropy over all items. sampled_softmax: over the target and
-    `num_negatives` random items. bce: binary cross-entropy with `num_negatives` (paper: 1)."""
+    """softmax: cross-entropy over all items. sampled_softmax: over the target, the items of the
+    history and `num_negatives` random ones. bce: binary cross-entropy with `num_negatives` (paper:
+    1)."""
     num_negatives: int | None = Field(default=None, ge=1)
     """sampled_softmax: random items shared by a batch, default 512. bce: random items per target,
     default 1 (paper)."""

@@ -36,7 +36,6 @@ from genrec.models.batch import (
     Truncation,
     choice_nll,
     keep,
-    keep_last,
     pad_histories,
 )
 from genrec.models.catalogue_tree import CatalogueTree
@@ -54,7 +53,8 @@ __all__ = [
     "LossOutput",
     "RequestContext",
     "Targets",
-    "keep_last",
+    "Truncation",
+    "keep",
     "pad_histories",
 ]
 

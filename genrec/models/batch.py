@@ -268,11 +268,6 @@ def keep(
     return values_BH.gather(1, places_BH + skipped_B1 * is_late_BH)
 
 
-def keep_last(history_BH: Tensor, limit: int) -> Tensor:
-    """Return the last `limit` items of each right-padded history, right-padded again."""
-    return keep(history_BH, limit)
-
-
 def choice_nll(
     logits_MK: Tensor, target_M: Tensor, weights_M: Tensor | None, *, smoothing: float = 0.0
 ) -> Tensor:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genrec.errors import UserError
 from genrec.item_index import ItemIndex
 from genrec.models.batch import Batch
 from genrec.models.causal import CausalConfig
@@ -118,7 +117,8 @@ class UserTable(nn.Module):
     """A vector per user, or per bucket of users; row 0 is for users that are not known.
 
     Users are told apart by a keyed BLAKE2b digest of their ids. The key is drawn with the initial
-    weights and kept among them: a saved model knows its users, and so does one that goes on from it.
+    weights and kept among them: a saved model knows its users, and so does a model that goes on
+    from it.
 
     Args:
         config: says how many rows there are.
@@ -249,16 +249,3 @@ class RequestFeaturesBackbone(ScratchBackbone):
             users_B1D = self.users(reading)[:, None]
             x_BTD = torch.cat([x_BTD[:, :1] + users_B1D, x_BTD[:, 1:]], dim=1)
         return x_BTD
-
-
-def check_seconds(name: str, seconds: np.ndarray) -> None:
-    """Raise `UserError` for times that cannot be seconds since 1970.
-
-    Args:
-        name: of the argument.
-        seconds: any numbers.
-    """
-    if seconds.size and (not np.isfinite(seconds).all() or seconds.min() < 0):
-        raise UserError(
-            f"{name}: got {seconds.min()}, expected seconds since 1970, or 0 where not known."
-        )

@@ -25,7 +25,7 @@ from genrec.data import Dataset
 from genrec.decoding import CSRIndex
 from genrec.errors import DataError, UserError
 from genrec.evaluation.reliability import reliability
-from genrec.inference import level_logprobs
+from genrec.inference import context_of, level_logprobs
 from genrec.item_index import ItemIndex
 from genrec.pipeline.listing import read_lists
 from genrec.pipeline.scored_lists import (
@@ -51,12 +51,14 @@ def score_levels(
     examples = dataset.interactions.examples(lists.extra["split"])
     histories = examples.histories()
     device = runtime.choose_device(None)
+    network = load_model(model.path, index).to(device)
     parts = level_logprobs(
-        load_model(model.path, index).to(device),
+        network,
         CSRIndex.from_index(index).to(device),
         histories,
         found.rows,
         scoring=lists.extra.get("scoring", "renormalized"),
+        context=context_of(network, examples),
         description=f"levels {lists.extra['split']}",
     )
     save_artifact(

@@ -24,7 +24,7 @@ from genrec.decoding import CSRIndex
 from genrec.decoding.protocol import Scoring
 from genrec.errors import DataError
 from genrec.evaluation import metrics, search_quality
-from genrec.inference import RankedLists, search
+from genrec.inference import RankedLists, context_of, search
 from genrec.item_index import ItemIndex
 
 
@@ -71,6 +71,7 @@ def make_lists(
         k=depth,
         scoring=scoring,
         exclude=histories if masked else None,
+        context=context_of(network, examples.select(mine)),
         batch_size=batch_size,
         description=f"search {split}",
         on_batch=lambda requests, seconds: spent.append((requests, seconds)),

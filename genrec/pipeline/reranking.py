@@ -30,7 +30,7 @@ from genrec.errors import DataError, UserError
 from genrec.evaluation import beyond_accuracy, metrics
 from genrec.evaluation.list_content import ItemAttributes
 from genrec.evaluation.significance import mean_ci, paired_bootstrap
-from genrec.inference import level_logprobs, search
+from genrec.inference import context_of, level_logprobs, search
 from genrec.pipeline.finished import FinishedRun
 from genrec.pipeline.listing import read_lists
 from genrec.pipeline.stages import check_index
@@ -199,6 +199,7 @@ def _candidates(
             k=depth,
             exclude=exclude,
             scoring=bundle.scoring,
+            context=context_of(model, examples),
             description="search test",
         )
     calibrator = bundle.calibrators.get(mode_name(masked))
@@ -207,7 +208,14 @@ def _candidates(
         return Candidates(lists.rows, lists.scores, None, histories), source
     levels = None
     if "level_logprobs" in calibrator.needs:
-        levels = level_logprobs(model, constraint, histories, lists.rows, scoring=bundle.scoring)
+        levels = level_logprobs(
+            model,
+            constraint,
+            histories,
+            lists.rows,
+            scoring=bundle.scoring,
+            context=context_of(model, examples),
+        )
     context = ListContext(examples.lengths, levels)
     probabilities = calibrator.probabilities(lists.logprobs, lists.num_rest, context)
     return Candidates(lists.rows, lists.scores, probabilities, histories), source

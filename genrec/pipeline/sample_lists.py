@@ -33,10 +33,13 @@ def samples(bundle: Path, dataset: Dataset) -> list[Sample]:
     examples = dataset.interactions.examples("test")
     chosen = np.unique(np.linspace(0, len(examples) - 1, SAMPLE_USERS).astype(int))
     ids, titles = dataset.catalog.item_ids, dataset.catalog.titles
+    times = examples.history_times()
     found = recommender.recommend(
         [[ids[row] for row in examples.history(int(i))] for i in chosen],
         SAMPLE_ITEMS,
         exclude_seen=mode_name(True) in recommender.calibrators,
+        times=None if times is None else [times[int(i)] for i in chosen],
+        users=[str(examples.user_rows[int(i)]) for i in chosen],
     )
     read = recommender.model.config.max_history
 

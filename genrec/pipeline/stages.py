@@ -205,10 +205,12 @@ def train(
     check_index(dataset, index)
     model = build_model(model_config.to_dict(), index, seed=seed)
     trainer = component(TRAINERS, trainer_config)(trainer_config, seed=seed)
+    training = dataset.interactions.training()
+    model.meet_users(training.user_names, np.diff(training.offsets) > 0)
     trainer.start(model, index, dataset.catalog if catalog is None else catalog)
     model.to(accelerator.device)
     constraint = CSRIndex.from_index(index).to(accelerator.device)
-    examples = trainer.examples(model, dataset.interactions.training())
+    examples = trainer.examples(model, training)
     validation = dataset.interactions.examples("valid")
     validator = (
         Validator(

@@ -116,7 +116,7 @@ def refine(
     """
     config = tokenizer.config.alternation
     learner = GeneratorTrainer(tokenizer, index, model, catalog)
-    examples = TrainingExamples(interactions.training(), "target", model.config.max_history)
+    examples = TrainingExamples.for_model(model, interactions.training(), "target")
     seed = tokenizer.config.seed * 1_000 + number
     mean = float("nan")
     for epoch in range(config.num_epochs):

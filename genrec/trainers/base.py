@@ -105,9 +105,8 @@ class Trainer:
             model: that is trained.
             training: training interactions only.
         """
-        return TrainingExamples(
-            training, self.unit(model), model.config.max_history, self.weights(training)
-        )
+        weights = self.weights(training)
+        return TrainingExamples.for_model(model, training, self.unit(model), weights)
 
     def learner(self, model: Backbone) -> nn.Module:
         """Return the module whose call on a batch gives the loss; the model itself or one on it."""

@@ -10,13 +10,14 @@ Shapes: U users, X examples, B batch rows, H history items.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
 from genrec.data.interactions import Interactions
-from genrec.models.base import Batch
+from genrec.models.base import Backbone, Batch, Truncation
+from genrec.models.batch import num_first
 from genrec.trainers.config import LoopConfig
 
 # Examples are sorted by length inside blocks of this many batches: little padding, much shuffling.
@@ -44,6 +45,9 @@ class TrainingExamples:
             target, as causal models train.
         max_history: history items that a model sees.
         weights: how much each interaction counts as a target, float32; None: all alike.
+        truncation: which items of longer histories are read; for "target".
+        with_times: batches say when items were taken.
+        user_rows: (U,) rows of the users in the model's user table, for batches; None: left out.
     """
 
     def __init__(
@@ -52,12 +56,38 @@ class TrainingExamples:
         unit: Literal["target", "sequence"],
         max_history: int,
         weights: np.ndarray | None = None,
+        *,
+        truncation: Truncation = "last",
+        with_times: bool = False,
+        user_rows: np.ndarray | None = None,
     ) -> None:
         self.flat = interactions.item_rows.astype(np.int64)
         self.weights = weights
         self.offsets = interactions.offsets
         self.unit = unit
         self.max_history = max_history
+        self.truncation = truncation
+        self.times = interactions.timestamps.astype(np.int64) if with_times else None
+        self.user_rows = user_rows
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Backbone,
+        interactions: Interactions,
+        unit: Literal["target", "sequence"],
+        weights: np.ndarray | None = None,
+    ) -> Self:
+        """Return examples with all that a model reads, its users' rows and times included."""
+        return cls(
+            interactions,
+            unit,
+            model.config.max_history,
+            weights,
+            truncation=model.config.truncation,
+            with_times=model.reads_times,
+            user_rows=model.user_rows(interactions.user_names),
+        )
 
     def spans(self, seed: int, epoch: int) -> Spans:
         """Return the examples of one epoch.
@@ -119,20 +149,40 @@ class TrainingExamples:
     def batch(self, spans: Spans, chosen: np.ndarray) -> Batch:
         """Return the padded batch of some spans (int64, right padded with -1)."""
         start, stop = spans.start[chosen], spans.stop[chosen]
+        beside: dict[str, Any] = {}
+        if self.user_rows is not None:
+            beside["users_B"] = torch.from_numpy(self.user_rows[self._users(start)])
         if self.unit == "target":
             weights = None if self.weights is None else torch.from_numpy(self.weights[stop - 1])
             targets = torch.from_numpy(self.flat[stop - 1])
-            return Batch(self._gather(self.flat, start, stop - 1, -1), targets, weights)
+            if self.times is not None:
+                beside["now_B"] = torch.from_numpy(self.times[stop - 1])
+            stop = stop - 1
+        else:
+            targets = None
+            weights = self._gather(self.weights, start, stop, 0.0)
         history_BH = self._gather(self.flat, start, stop, -1)
-        if self.weights is None:
-            return Batch(history_BH)
-        return Batch(history_BH, weights=self._gather(self.weights, start, stop, 0.0))
+        beside["times_BH"] = self._gather(self.times, start, stop, 0)
+        assert history_BH is not None
+        return Batch(history_BH, targets, weights, **beside)
+
+    def _users(self, place: np.ndarray) -> np.ndarray:
+        """Return whose interactions stand at these places."""
+        return np.searchsorted(self.offsets, place, side="right") - 1
 
     def _gather(
-        self, values: np.ndarray, start: np.ndarray, stop: np.ndarray, padding: float
-    ) -> torch.Tensor:
+        self, values: np.ndarray | None, start: np.ndarray, stop: np.ndarray, padding: float
+    ) -> torch.Tensor | None:
+        if values is None:
+            return None
         length = stop - start
         column = np.arange(int(length.max(initial=0)))
-        place = np.minimum(start[:, None] + column, len(values) - 1)
+        place = start[:, None] + column
+        if self.unit == "target" and self.truncation != "last":
+            # The first columns are the user's first items, the others stay the last ones.
+            first = self.offsets[self._users(start)][:, None]
+            is_first = column < num_first(self.max_history, self.truncation)
+            place = np.where(is_first, first + column, place)
+        place = np.minimum(place, len(values) - 1)
         rows = np.where(column < length[:, None], values[place], values.dtype.type(padding))
         return torch.from_numpy(rows)

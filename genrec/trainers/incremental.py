@@ -1,6 +1,6 @@
 """How does a model go on when new interactions come? From its weights, on what is new, with replay.
 
-The weights are read as preference tuning reads them (`find_model`). What is new is a matter of
+The weights are found as for preference tuning (`trained.find_model`). What is new is a matter of
 time; when an update pays is measured by `genrec.pipeline.incremental`.
 
 Shapes: M interactions, U users.
@@ -19,7 +19,7 @@ from genrec.item_index import ItemIndex
 from genrec.models.base import Backbone
 from genrec.trainers.base import Trainer
 from genrec.trainers.batching import TrainingExamples
-from genrec.trainers.preference import find_model
+from genrec.trainers.trained import find_model
 from genrec.weights import load_model_arrays
 
 
@@ -88,7 +88,7 @@ class Incremental(Trainer):
             training.splits[keep_M],
             training.num_items,
         )
-        return TrainingExamples(kept, self.unit(model), max_history, weights_M)
+        return TrainingExamples.for_model(model, kept, self.unit(model), weights_M)
 
 
 def _near_new(training: Interactions, new_M: np.ndarray, max_history: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -22,7 +21,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genrec.artifacts import MANIFEST, Artifact, load_artifact
 from genrec.data import Catalog, Interactions
 from genrec.decoding import CSRIndex, Filters
 from genrec.decoding.sampling import sample
@@ -34,6 +32,7 @@ from genrec.trainers.base import Trainer
 from genrec.trainers.batching import Spans, TrainingExamples
 from genrec.trainers.config import LoopConfig
 from genrec.trainers.place import Place
+from genrec.trainers.trained import find_model
 from genrec.weights import load_model_arrays
 
 
@@ -120,7 +119,7 @@ class Preference(Trainer):
         first = (self.seed * 100_003 + place.epoch) << 32
         drawn = sample(
             self._reference,
-            Batch(batch.history_BH).to(self._constraint.device),
+            batch.histories().to(self._constraint.device),
             self._constraint,
             num_samples=self.config.num_negatives,
             temperature=self.config.temperature,
@@ -160,9 +159,9 @@ class PreferenceLearner(nn.Module):
                 "Make it with Preference.make_batch."
             )
         rows_BX = torch.cat([batch.target_B[:, None], batch.negatives], 1)
-        policy_BX = item_logprobs(self.model, self.tree, batch.history_BH, rows_BX)
+        policy_BX = item_logprobs(self.model, self.tree, batch, rows_BX)
         with torch.no_grad():
-            before_BX = item_logprobs(self.reference, self.tree, batch.history_BH, rows_BX)
+            before_BX = item_logprobs(self.reference, self.tree, batch, rows_BX)
         is_drawn_BX = batch.negatives >= 0
         valid_B = is_drawn_BX.any(1)
         gains_BX = self.config.beta * (policy_BX - before_BX)
@@ -195,9 +194,7 @@ def preference_loss(chosen_B: Tensor, rejected_BX: Tensor, is_drawn_BX: Tensor) 
     return F.softplus(gaps_BX.logsumexp(1))
 
 
-def item_logprobs(
-    model: Backbone, tree: CatalogueTree, history_BH: Tensor, rows_BX: Tensor
-) -> Tensor:
+def item_logprobs(model: Backbone, tree: CatalogueTree, batch: Batch, rows_BX: Tensor) -> Tensor:
     """Return log p(item | history) among the items of the catalogue, (B, X), with gradients.
 
     Histories are read once, whatever the number of items; as a search, level by level, among the
@@ -206,12 +203,12 @@ def item_logprobs(
     Args:
         model: any backbone.
         tree: of its items.
-        history_BH: int64 item rows, right-padded with -1.
+        batch: histories, and what is known beside them.
         rows_BX: int64 item rows; -1 is answered for with anything.
     """
     rows_R = rows_BX.clamp(min=0).flatten()
     codes_RL = model.tokens_NL[rows_R] - model.level_offsets_L
-    logits, state = model.begin(Batch(history_BH))
+    logits, state = model.begin(batch.histories())
     parents_R = torch.arange(len(rows_BX), device=rows_R.device).repeat_interleave(rows_BX.shape[1])
     logits_RK, total_R = logits[parents_R], torch.zeros(len(rows_R), device=rows_R.device)
     for level in range(model.num_levels):
@@ -222,20 +219,3 @@ def item_logprobs(
             logits_RK, state = model.step(codes_RL[:, level], state, parents_R)
             parents_R = torch.arange(len(rows_R), device=rows_R.device)
     return total_R.view(rows_BX.shape)
-
-
-def find_model(path: str | Path) -> Artifact:
-    """Return the model of a run, of a bundle, or the model itself.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = Path(path)
-    for place in (folder, folder / "model", folder / "bundle" / "model"):
-        name = "bundle" if place == folder and (folder / "model").is_dir() else "model"
-        if name == "model" and (place / MANIFEST).is_file():
-            return load_artifact(place, kind="model")
-    raise UserError(
-        f"trainer.start_from: no trained model at {str(path)!r}. Expected a run, a bundle or what "
-        "`genrec train` wrote; train one with trainer.name=next_item first."
-    )

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from genrec.data.interactions import Examples
 from genrec.decoding import CSRIndex
 from genrec.evaluation import metrics
-from genrec.inference import search
+from genrec.inference import context_of, search
 from genrec.models.base import Backbone
 
 K = 10
@@ -47,7 +47,14 @@ class Validator:
         share = np.arange(accelerator.process_index, len(self.examples), accelerator.num_processes)
         mine = self.examples.select(share)
         k = min(K, self.constraint.num_items)
-        lists = search(model, self.constraint, mine.histories(), width=self.width, k=k)
+        lists = search(
+            model,
+            self.constraint,
+            mine.histories(),
+            width=self.width,
+            k=k,
+            context=context_of(model, mine),
+        )
         ranks = metrics.ranks_in_lists(lists.rows, mine.target_rows)
         sums = torch.tensor(
             [
