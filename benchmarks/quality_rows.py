@@ -79,7 +79,7 @@ GENERATORS: dict[str, dict[str, Any]] = {
 """Row -> what differs from configs/genrec.yaml: dotted key -> value."""
 
 BY_DATASET: dict[str, dict[str, dict[str, Any]]] = {
-    # The rule for sizes: batches of 2,048 targets from 150,000 training interactions on, else 1,024.
+    # The rule for sizes: from 150,000 training interactions on 2,048 targets a batch, else 1,024.
     "movielens-100k": {"genrec": {"trainer.batch_targets": 1024}},
 }
 """Data set -> row -> settings laid over the row's own, where one data set wants its own."""
