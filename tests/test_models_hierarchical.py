@@ -172,8 +172,10 @@ def test_a_table_and_single_vectors_are_the_same():
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_scores_by_group_by_product_and_by_item_are_the_same(first, monkeypatch):
     model = backbone(CODES, items_from=first)
-    group_M = model.groups.group_N[torch.tensor([3, 1, 4, 3, 3, 20, 7])]
-    query_MD = torch.randn(7, SMALL["d_model"], generator=torch.Generator().manual_seed(0))
+    rows_M = torch.tensor([3, 1, 4, *[3] * 30, 20, 7, 3])  # one group many times: several units
+    group_M = model.groups.group_N[rows_M]
+    generator = torch.Generator().manual_seed(0)
+    query_MD = torch.randn(len(rows_M), SMALL["d_model"], generator=generator)
     truth_MC = model._scores(query_MD, model.groups.below(group_M))
     found = [model._training_scores(query_MD, group_M)]
     monkeypatch.setattr(Hierarchical, "_scores_by_group", None)

@@ -10,14 +10,17 @@ import numpy as np
 import polars as pl
 import pytest
 
-from genrec.artifacts import load_artifact
+from genrec.artifacts import load_artifact, read_manifest
+from genrec.bundle import load_bundle
 from genrec.data import Dataset
 from genrec.data.synthetic import ring
 from genrec.errors import MismatchError
 from genrec.evaluation import metrics
 from genrec.pipeline.config import load_run_config
+from genrec.pipeline.finished import FinishedRun
 from genrec.pipeline.listing import read_lists
 from genrec.pipeline.run import Run
+from genrec.recommender import Recommender
 
 
 def execute(config: Path, out: Path, cache: Path, *overrides: str) -> dict[str, Any]:
@@ -94,6 +97,43 @@ def test_per_user_values_average_to_the_table(small_run: Path) -> None:
         part = table.filter(pl.col("name") == row["name"], pl.col("masked") == row["masked"])
         assert part["ndcg@10"].mean() == pytest.approx(row["ndcg@10"])
         assert len(part) == row["num_users"]
+
+
+def test_a_model_with_content_gets_vectors_that_no_tokenizer_reads(
+    small_config: Path, tmp_path: Path
+) -> None:
+    """And its bundle answers without the extractor."""
+    model = "{name: hierarchical, items_from: 1, content: true, repeat_bias: true, max_history: 6, "
+    model += "d_model: 16, num_layers: 1, num_heads: 2, d_ff: 32}"
+    tokenizer = "tokenizer={name: random, base: 8}"
+    results = execute(
+        small_config, tmp_path / "r", tmp_path / "cache", tokenizer, f"model={model}",
+        "trainer.epochs=1", "trainer.batch_targets=100",
+    )  # fmt: skip
+    assert {"embed", "train"} <= ran(results)
+    model_folder = load_artifact(tmp_path / "r" / "bundle" / "model", kind="model")
+    bundle = load_bundle(tmp_path / "r" / "bundle")
+    known_NE = bundle.model.content.vectors_NE  # type: ignore[union-attr]
+    assert model_folder.extra["backbone"]["vector_width"] == known_NE.shape[1]
+    assert len(known_NE) == len(bundle.index) and float(known_NE.abs().sum()) > 0
+    answer = Recommender.from_pretrained(tmp_path / "r" / "bundle").recommend(
+        [[bundle.index.item_ids[3]]], k=5
+    )
+    assert len(set(answer.item_ids[0])) == 5
+
+
+def test_a_finished_run_takes_lists_of_its_own_scoring(
+    small_run: Path, small_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FinishedRun.open(small_run, small_cache)
+    own = run.lists(True)
+    assert own is not None and own.extra["scoring"] == "renormalized"
+    other = {**read_manifest(own.path)}
+    other["extra"] = {**other["extra"], "scoring": "raw"}
+    found = [(Path("other"), other), (own.path, read_manifest(own.path))]
+    monkeypatch.setattr(FinishedRun, "_cached", lambda self, stage: iter(found))
+    again = run.lists(True)
+    assert again is not None and again.path == own.path
 
 
 def test_masked_lists_never_hold_seen_items(

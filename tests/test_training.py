@@ -277,6 +277,22 @@ def test_an_epoch_predicts_every_position_once(unit: Any) -> None:
         assert sorted(targets) == list(range(len(training)))
 
 
+def test_batch_targets_says_how_many_targets_a_batch_holds_on_average() -> None:
+    training = DATASET.interactions.training()
+    for unit, most in (("sequence", 4), ("target", 4)):
+        examples = TrainingExamples(training, unit, most)  # type: ignore[arg-type]
+        assert examples.batch_size(Trainer.Config(batch_size=7), 0) == 7
+        config = Trainer.Config(batch_size=7, batch_targets=60)
+        size = examples.batch_size(config, 0)
+        spans, batches = examples.plan(size, 0, 0)
+        length = spans.stop - spans.start if unit == "sequence" else np.ones(len(spans))
+        per_example = float(length.mean())
+        assert size * per_example == pytest.approx(60, abs=per_example / 2 + 1e-9)
+        assert max(len(batch) for batch in batches) == size
+    few = TrainingExamples(training, "sequence", 4).batch_size(Trainer.Config(batch_targets=1), 0)
+    assert few == 1
+
+
 def test_batches_hold_what_their_spans_say() -> None:
     training = DATASET.interactions.training()
     for unit in ("target", "sequence"):

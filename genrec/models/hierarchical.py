@@ -94,7 +94,7 @@ class Hierarchical(ItemVectorsBackbone):
     """Transformer over item positions with a decoder over levels; see the module's text."""
 
     class Config(ItemVectorsConfig):
-        """Defaults are measured in docs/models.md."""
+        """Sizes suit MovieLens-100K; what options were worth is in docs/models.md and log.md."""
 
         name: Literal["hierarchical"] = "hierarchical"
         """Name in the registry."""
@@ -103,8 +103,8 @@ class Hierarchical(ItemVectorsBackbone):
         level; 0: all, a softmax over the whole catalogue (SASRec's, with shared code vectors)."""
         scale_items: bool = True
         """Multiply the items' vectors by the root of `d_model` before the first layer (Vaswani et
-        al. 2017, section 3.4). The last item then weighs more: better on Amazon Beauty's short
-        histories, worse on MovieLens-100K's long ones (docs/log.md)."""
+        al. 2017, section 3.4): the last item then outweighs what layers add. One seed of Amazon
+        Beauty was better with it, MovieLens-100K probably worse (docs/log.md)."""
         num_negatives: int | None = Field(default=None, ge=1)
         """Train with a softmax over the target, the items seen and so many random ones, instead of
         the whole catalogue. For `items_from: 0`; null: all items."""

@@ -104,13 +104,18 @@ class FinishedRun:
         return None
 
     def lists(self, masked: bool, *, width: int | None = None) -> Artifact | None:
-        """Return the first seed's cached lists of the test users, at least `width` long."""
+        """Return the first seed's cached lists of the test users, at least `width` long.
+
+        Of the scoring that the run was evaluated with: its calibrator knows no other.
+        """
         model = self.results["fingerprints"]["model"][0]
+        scoring = self.results["config"]["decoding"]["scoring"]
         for folder, manifest in self._cached("lists"):
             upstream, extra = manifest["upstream"], manifest["extra"]
             same = upstream.get("model") == model
             same &= upstream.get("dataset") == self.dataset_fingerprint
             same &= (extra["split"], extra["masked"]) == ("test", masked)
+            same &= extra["scoring"] == scoring
             if same and (width is None or extra["width"] >= width):
                 return load_artifact(folder, kind="lists")
         return None
