@@ -294,7 +294,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     Dataset(catalog, events, {"name": "ring"}).save(root / "ring")
     angle = np.arange(20) * np.pi / 10
     vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
-    save_artifact(root / "vectors", kind="vectors", arrays={"vectors": vectors})
+    made = {"name": "lsa"}
+    save_artifact(root / "vectors", kind="vectors", arrays={"vectors": vectors}, config=made)
     save_artifact(root / "short", kind="vectors", arrays={"vectors": vectors[:7]})
     return str(root / "ring"), str(root)
 

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from genrec.artifacts import load_artifact
 from genrec.config import parse_component
 from genrec.data import Catalog
 from genrec.data.synthetic import planted, planted_leaves
 from genrec.errors import ConfigError, DataError, UserError
 from genrec.features import FEATURES
 from genrec.features.fusing import agreement_weights, concatenate, imputed, scaled, weighted_sum
+from genrec.pipeline import stages
 
 DATA = planted(num_items=120, num_users=400, branching=3, width=12, seed=3)
 TRAINING = DATA.interactions.training()
@@ -178,6 +180,36 @@ def test_blocks_say_where_each_part_lies(tmp_path):
     assert (found[5, 12:19] == 0).all() and found[6, 12:19].any()
     norms = [np.linalg.norm(found[6, a:b]) ** 2 for _, a, b in names]
     assert np.allclose(norms, np.array([1, 2, 0.5]) / 3.5, atol=1e-4)
+
+
+def test_parts_made_of_interactions_are_no_content(tmp_path):
+    collaborative = {"name": "collaborative", "width": 8}
+    parts = [as_file(tmp_path, "text", VECTORS), collaborative, as_file(tmp_path, "b", noise(7))]
+    fusion = make("fusion", parts=parts, weights="equal")
+    fusion.embed(DATA.catalog, TRAINING)
+    assert fusion.content_columns(27, fusion.blocks) == (*range(12), *range(20, 27))
+    assert make("fusion", parts=parts[:1]).content_columns(128, ()) == tuple(range(128))
+    assert make("fusion", parts=parts, combine="pca").content_columns(128, ()) == ()
+    assert make("collaborative").content_columns(64, ()) == ()
+    assert make("lsa").content_columns(3, ()) == (0, 1, 2)
+
+
+def test_a_stage_tells_the_catalogue_which_columns_are_content(tmp_path):
+    parts = [{"name": "collaborative", "width": 8}, as_file(tmp_path, "text", VECTORS)]
+    for config, width in (({"name": "fusion", "parts": parts}, 12), (parts[0], None)):
+        resolved = make(**config).resolve()
+        folder = tmp_path / config["name"]
+        table = Catalog(DATA.catalog.table)
+        stages.embed(folder, table, resolved, interactions=DATA.interactions)
+        known = stages.add_vectors(table, load_artifact(folder, kind="vectors"))
+        content = known.content_vectors
+        if width is None:
+            assert content is None
+            continue
+        assert content.shape == (120, width)
+        assert np.array_equal(content, known.vectors[:, 8:])
+        assert np.array_equal(known.select([7, 3]).content_vectors, content[[7, 3]])
+        assert known.with_vectors(known.vectors).content_vectors.shape == (120, 20)
 
 
 def test_an_item_without_anything_has_the_zero_vector(tmp_path):

@@ -287,6 +287,18 @@ def test_content_wants_a_vector_per_item(vectors):
         model.start_from(catalog)
 
 
+def test_content_leaves_out_what_interactions_made():
+    vectors = vectors_of(len(CODES))
+    catalog = Catalog.from_vectors(vectors, CODES.item_ids)
+    model = backbone(CODES, content=True)
+    model.start_from(catalog.with_vectors(vectors, range(4)))
+    assert model.content.vectors_NE.shape == (len(CODES), 4)
+    config = model.config
+    assert config.reads(catalog.with_vectors(vectors, range(4))) != config.reads(catalog)
+    with pytest.raises(UserError, match=r"got none item vectors .*made without interactions"):
+        model.start_from(catalog.with_vectors(vectors, ()))
+
+
 def test_content_that_was_not_given_says_so():
     model = backbone(CODES, content=True)
     with pytest.raises(UserError, match=r"model\.content: this model has not taken in"):

@@ -78,16 +78,18 @@ def _choices(names: list[str] | None, vectors: Path | None) -> list[Choice]:
 def _with_vectors(data: Dataset, folder: Path | None) -> Catalog:
     from genrec.artifacts import load_artifact
     from genrec.errors import MismatchError
+    from genrec.pipeline.stages import with_artifact
 
     if folder is None:
         return data.catalog
-    vectors = load_artifact(folder, kind="vectors").arrays["vectors"]
+    artifact = load_artifact(folder, kind="vectors")
+    vectors = artifact.arrays["vectors"]
     if len(vectors) != len(data.catalog):
         raise MismatchError(
             f"--vectors: {folder} holds {len(vectors)} vectors, the data set {data.name!r} has "
             f"{len(data.catalog)} items. Embed this data set: genrec embed."
         )
-    return data.catalog.with_vectors(vectors)
+    return with_artifact(data.catalog, artifact)
 
 
 def _fit(

@@ -28,10 +28,13 @@ class Catalog:
         table: one line per item; `item_id` (unique strings), optionally `title`, and any text
             (str) or attribute (str, list of str, number) columns.
         vectors: (N, E) float32 aligned with the rows, or None before embedding.
+        content_columns: those of `vectors` that describe an item by itself, made without
+            interactions; None: all.
     """
 
     table: pl.DataFrame
     vectors: np.ndarray | None = field(default=None)
+    content_columns: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if ITEM_ID not in self.table.columns:
@@ -98,15 +101,26 @@ class Catalog:
         rows = self.table.select(wanted).iter_rows(named=True)
         return [_one_text(row) for row in rows] if wanted else [""] * len(self)
 
-    def with_vectors(self, vectors: np.ndarray) -> Catalog:
-        """Return the same items with vectors (N, E)."""
-        return replace(self, vectors=np.ascontiguousarray(vectors, dtype=np.float32))
+    @property
+    def content_vectors(self) -> np.ndarray | None:
+        """The part of `vectors` that was made without interactions, (N, C); None where none was."""
+        if self.vectors is None or self.content_columns is None:
+            return self.vectors
+        return self.vectors[:, list(self.content_columns)] if self.content_columns else None
+
+    def with_vectors(
+        self, vectors: np.ndarray, content_columns: Sequence[int] | None = None
+    ) -> Catalog:
+        """Return the same items with vectors (N, E); see `Catalog` for the columns."""
+        columns = None if content_columns is None else tuple(content_columns)
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        return replace(self, vectors=vectors, content_columns=columns)
 
     def select(self, rows: np.ndarray | Sequence[int]) -> Catalog:
         """Return the items at `rows`, in that order."""
         rows = np.asarray(rows, dtype=np.int64)
         vectors = None if self.vectors is None else self.vectors[rows]
-        return Catalog(self.table[rows.tolist()], vectors)
+        return Catalog(self.table[rows.tolist()], vectors, self.content_columns)
 
     @cached_property
     def fingerprint(self) -> str:

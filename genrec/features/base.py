@@ -9,7 +9,7 @@ Shapes: N items, E embedding width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -116,6 +116,15 @@ class FeatureExtractor(ABC):
         They join the key of the cache: an image file that changes makes new vectors.
         """
         return {}
+
+    def content_columns(self, width: int, blocks: Sequence[Block]) -> tuple[int, ...]:
+        """Return which columns of finished vectors describe an item without interactions.
+
+        Args:
+            width: E.
+            blocks: as they were after `embed`.
+        """
+        return () if self.needs_interactions else tuple(range(width))
 
 
 def finished(vectors_NE: np.ndarray, item_ids: list[str], *, normalize: bool) -> np.ndarray:

@@ -28,6 +28,8 @@ from genrec.features.fusing import (
 from genrec.runtime import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from genrec.data import Catalog, Interactions
 
 log = get_logger(__name__)
@@ -118,6 +120,21 @@ class Fusion(FeatureExtractor):
             for number, part in enumerate(self.parts)
             for what, digest in part.reads(catalog).items()
         }
+
+    def content_columns(self, width: int, blocks: Sequence[Block]) -> tuple[int, ...]:
+        """Return the columns of parts that read no interactions; see `FeatureExtractor`.
+
+        Parts that were mixed (pca, weighted_sum) cannot be told apart: all columns or none.
+        """
+        if not blocks:
+            mixed = any(part.needs_interactions for part in self.parts)
+            return () if mixed else tuple(range(width))
+        return tuple(
+            column
+            for part, block in zip(self.parts, blocks, strict=True)
+            if not part.needs_interactions
+            for column in range(block.start, block.stop)
+        )
 
     def embed(
         self,

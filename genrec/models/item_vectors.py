@@ -36,7 +36,8 @@ class ItemVectorsConfig(ItemPositionsConfig):
     among the candidates: items that are rare or new then rank by their codes."""
     content: bool = False
     """Add a linear map, learned, of the vector that the item's features gave: items with like texts
-    then help one another, rare and new ones most."""
+    then help one another, rare and new ones most. Features made of interactions are left out: they
+    know the training targets, so a model would lean on them and be wrong on new ones."""
 
     @property
     def needs_vectors(self) -> bool:
@@ -45,9 +46,9 @@ class ItemVectorsConfig(ItemPositionsConfig):
 
     def reads(self, catalog: Catalog) -> dict[str, str]:
         """Return the fingerprint of the catalogue's vectors, if the model takes them in."""
-        if not self.content or catalog.vectors is None:
+        if not self.content or catalog.content_vectors is None:
             return {}
-        return {"vectors": fingerprint(catalog.vectors)}
+        return {"vectors": fingerprint(catalog.content_vectors)}
 
 
 class ItemVectorsBackbone(ItemPositionsBackbone):
@@ -96,14 +97,15 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         """
         if not self.config.content:
             return
-        found = "none" if catalog.vectors is None else str(len(catalog.vectors))
-        if catalog.vectors is None or len(catalog.vectors) != len(self.tokens_NL):
+        described_NE = catalog.content_vectors
+        found = "none" if described_NE is None else str(len(described_NE))
+        if described_NE is None or len(described_NE) != len(self.tokens_NL):
             raise UserError(
                 f"model.content: got {found} item vectors for an index of {len(self.tokens_NL)} "
-                "items, expected one each. Give the catalogue vectors (`features`), or set "
-                "model.content=false."
+                "items, expected one each, made without interactions. Give the catalogue vectors "
+                "(`features`), or set model.content=false."
             )
-        vectors_NE = torch.from_numpy(np.asarray(catalog.vectors, dtype=np.float32))
+        vectors_NE = torch.from_numpy(np.asarray(described_NE, dtype=np.float32))
         content = Content(standardized(vectors_NE), self.config.d_model, self.config.init_std)
         self.content = content.to(self.device)
 

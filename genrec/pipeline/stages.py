@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from genrec import runtime
 from genrec.artifacts import Artifact, save_artifact
 from genrec.bundle import build_model, load_model, save_model
-from genrec.config import StrictConfig
+from genrec.config import StrictConfig, parse_component
 from genrec.data import Catalog, Dataset, Interactions
 from genrec.decoding import CSRIndex
 from genrec.errors import MismatchError, UserError
 from genrec.features import FEATURES
-from genrec.features.base import Workplace
+from genrec.features.base import Block, Workplace
 from genrec.item_index import ItemIndex
 from genrec.models.scratch import ScratchBackbone
 from genrec.pipeline import indexing
@@ -97,13 +97,22 @@ def embed(
 
 
 def add_vectors(catalog: Catalog, vectors: Artifact) -> Catalog:
-    """Return the catalogue with vectors that were made from it.
+    """Return the catalogue with vectors that were made from it; it knows which are content.
 
     Raises:
         MismatchError: made from another catalogue (both fingerprints).
     """
     vectors.require_upstream("catalog", catalog.fingerprint)
-    return catalog.with_vectors(vectors.arrays["vectors"])
+    return with_artifact(catalog, vectors)
+
+
+def with_artifact(catalog: Catalog, vectors: Artifact) -> Catalog:
+    """Return the catalogue with the vectors of an artifact, one per item, and which are content."""
+    vectors_NE = vectors.arrays["vectors"]
+    extractor_type, config = parse_component(FEATURES, vectors.config, path="features")
+    blocks = [Block(**block) for block in vectors.extra.get("blocks", ())]
+    columns = extractor_type(config).content_columns(vectors_NE.shape[1], blocks)
+    return catalog.with_vectors(vectors_NE, columns)
 
 
 def fit_tokenizer(

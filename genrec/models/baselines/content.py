@@ -44,12 +44,12 @@ class ContentKNN(Baseline):
     def _fit(
         self, interactions: Interactions, catalog: Catalog | None, validation: Examples | None
     ) -> None:
-        vectors = None if catalog is None else catalog.vectors
+        vectors = None if catalog is None else catalog.content_vectors
         if vectors is None:
             raise UserError(
-                "content_knn: needs item vectors, and the catalogue has none. Pass --vectors "
-                "FOLDER (written by `genrec embed`), set `features` in the run, or leave "
-                "content_knn out."
+                "content_knn: needs item vectors made without interactions, and the catalogue has "
+                "none. Pass --vectors FOLDER (written by `genrec embed`), set `features` in the "
+                "run, or leave content_knn out."
             )
         if len(vectors) != interactions.num_items:
             raise UserError(
