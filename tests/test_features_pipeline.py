@@ -19,6 +19,7 @@ from genrec.artifacts import load_artifact
 from genrec.data import Catalog, Dataset, Interactions
 from genrec.data.synthetic import planted
 from genrec.errors import UserError
+from genrec.features import FEATURES
 from genrec.features.base import FeatureExtractor, Workplace
 from genrec.features.hf_encoder import HFEncoder
 from genrec.pipeline import stages
@@ -76,6 +77,23 @@ def test_only_extractors_that_read_interactions_depend_on_them(data: Path, tmp_p
         "collaborative",
         "fusion",
     }
+
+
+def test_parts_of_a_fusion_are_made_once(data: Path, tmp_path: Path) -> None:
+    lsa: Any = {"name": "lsa", "num_dimensions": 8}
+    assert not reused(data, tmp_path, lsa)
+    for width in (8, 6):
+        parts = [lsa, {"name": "collaborative", "width": width}]
+        features = {"name": "fusion", "parts": parts, "weights": "equal"}
+        run = make_run(data, tmp_path, features=features)
+        catalog = run.embed(run.dataset())
+        found = run.cache.reused
+        assert found["embed (lsa)"] and not found["embed (collaborative)"] and not found["embed"]
+        extractor = stages.component(FEATURES, run.config.features)(run.config.features)
+        dataset = run.dataset()
+        at_once = extractor.embed(dataset.catalog, dataset.interactions.training())
+        assert np.array_equal(catalog.vectors, at_once)
+        assert catalog.content_vectors.shape == (64, 8)
 
 
 def test_files_beside_the_catalogue_are_part_of_the_key(

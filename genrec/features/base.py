@@ -82,6 +82,9 @@ class FeatureExtractor(ABC):
     """Whether an item's vector depends on that item alone: vectors of items that are embedded later
     then lie in the same space."""
 
+    parts: Sequence[FeatureExtractor] = ()
+    """Extractors whose vectors `join` puts together, if it has any."""
+
     def __init__(self, config: Any) -> None:
         self.config = config
 
@@ -101,6 +104,15 @@ class FeatureExtractor(ABC):
             interactions: `interactions.training()`, where `needs_interactions` says so.
             workplace: where and with whom to work.
         """
+
+    def join(
+        self,
+        catalog: Catalog,
+        vectors: Sequence[np.ndarray],
+        interactions: Interactions | None = None,
+    ) -> np.ndarray:
+        """Return what `embed` returns, from the vectors of `parts`; see `embed`."""
+        raise NotImplementedError(f"{type(self).__name__} has no parts")
 
     def resolve(self) -> StrictConfig:
         """Return the configuration that fixes the result, before anything is computed.

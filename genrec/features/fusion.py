@@ -92,7 +92,7 @@ class Fusion(FeatureExtractor):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         found = [parse_component(FEATURES, part, path="parts") for part in config.parts]
-        self.parts: list[FeatureExtractor] = [cls(part) for cls, part in found]
+        self.parts = [cls(part) for cls, part in found]
         self.needs_interactions = config.weights == "cooccurrence" or any(
             part.needs_interactions for part in self.parts
         )
@@ -153,9 +153,18 @@ class Fusion(FeatureExtractor):
                 "features.fusion: a part or weights=cooccurrence needs the training interactions. "
                 "Pass embed(catalog, interactions.training())."
             )
+        vectors = [part.embed(catalog, interactions, workplace) for part in self.parts]
+        return self.join(catalog, vectors, interactions)
+
+    def join(
+        self,
+        catalog: Catalog,
+        vectors: Sequence[np.ndarray],
+        interactions: Interactions | None = None,
+    ) -> np.ndarray:
+        """Return the vectors of the parts put together; see `FeatureExtractor`."""
         config = self.config
         names = [part.config.name for part in self.parts]
-        vectors = [part.embed(catalog, interactions, workplace) for part in self.parts]
         for name, part in zip(names, vectors, strict=True):
             if not part.any():
                 raise DataError(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -34,9 +34,6 @@ from genrec.models.request_features import Reading
 from genrec.models.scratch import check_heads
 from genrec.repeats import RepeatBias
 from genrec.sampled_softmax import sampled_logits, seen_items
-
-if TYPE_CHECKING:
-    pass
 
 RUNS_BY_GROUP = ("cpu",)  # devices on which predictions of one group share a product
 GATHER_COST = 16  # reading a vector per candidate costs as much as so many products in a matrix
@@ -101,10 +98,6 @@ class Hierarchical(ItemVectorsBackbone):
         items_from: int | None = Field(default=None, ge=0)
         """Codes from this level on follow from a softmax over the items below the prefix. None: no
         level; 0: all, a softmax over the whole catalogue (SASRec's, with shared code vectors)."""
-        scale_items: bool = True
-        """Multiply the items' vectors by the root of `d_model` before the first layer (Vaswani et
-        al. 2017, section 3.4): the last item then outweighs what layers add. One seed of Amazon
-        Beauty was better with it, MovieLens-100K probably worse (docs/log.md)."""
         num_negatives: int | None = Field(default=None, ge=1)
         """Train with a softmax over the target, the items seen and so many random ones, instead of
         the whole catalogue. For `items_from: 0`; null: all items."""
@@ -384,6 +377,4 @@ class Hierarchical(ItemVectorsBackbone):
         start_B1D = self.embedding.weight[START].expand(len(items_BH), 1, -1)
         x_BTD = torch.cat([start_B1D, self.item_vectors(items_BH)], dim=1)
         x_BTD = self.with_request(x_BTD, reading)
-        if self.config.scale_items:
-            x_BTD = x_BTD * self.config.d_model**0.5
         return F.dropout(x_BTD, self.config.dropout, self.training)

@@ -16,6 +16,7 @@ from genrec.data import Catalog, Dataset
 from genrec.data.prepare import make_source, prepare
 from genrec.data.source import Source
 from genrec.features import FEATURES
+from genrec.features.base import FeatureExtractor
 from genrec.item_index import ItemIndex
 from genrec.models.baselines import make_baselines
 from genrec.pipeline import stages
@@ -87,27 +88,36 @@ class ItemStages:
         chosen: Any = self.config.features
         resolved = stages.component(FEATURES, chosen)(chosen).resolve()
         self.features = resolved.to_dict()
-        extractor = stages.component(FEATURES, resolved)(resolved)
-        key = {"catalog": catalog.fingerprint, "features": resolved.to_dict()}
-        if read := extractor.reads(catalog):
+        return stages.add_vectors(catalog, self._vectors(dataset, resolved, "embed"))
+
+    def _vectors(self, dataset: Dataset, resolved: Any, label: str) -> Artifact:
+        """Return the vectors of an extractor; the parts of a fusion are artifacts of their own.
+
+        So texts are read once, whatever else they are put together with.
+        """
+        extractor: FeatureExtractor = stages.component(FEATURES, resolved)(resolved)
+        key = {"catalog": dataset.catalog.fingerprint, "features": resolved.to_dict()}
+        if read := extractor.reads(dataset.catalog):
             key["reads"] = read
         if extractor.needs_interactions:
             key["interactions"] = dataset.interactions.training().fingerprint
-        artifact = self.cache.get(
-            "vectors",
-            "vectors",
-            key,
-            lambda path: stages.embed(
+
+        def build(path: Path) -> None:
+            parts = [
+                self._vectors(dataset, part.config, f"{label} ({part.config.name})")
+                for part in extractor.parts
+            ]
+            stages.embed(
                 path,
-                catalog,
+                dataset.catalog,
                 resolved,
                 interactions=dataset.interactions,
                 accelerator=self.accelerator,
-            ),
-            label="embed",
-            together=extractor.shares_work,
-        )
-        return stages.add_vectors(catalog, artifact)
+                parts=[part.arrays["vectors"] for part in parts],
+            )
+
+        together = extractor.shares_work or bool(extractor.parts)
+        return self.cache.get("vectors", "vectors", key, build, label=label, together=together)
 
     def _baselines_need_vectors(self) -> bool:
         chosen = make_baselines(self.config.evaluation.baselines).values()

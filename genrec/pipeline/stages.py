@@ -7,7 +7,7 @@ Lists are in `genrec.pipeline.listing`, baselines in `genrec.pipeline.baseline_l
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from genrec.data import Catalog, Dataset, Interactions
 from genrec.decoding import CSRIndex
 from genrec.errors import MismatchError, UserError
 from genrec.features import FEATURES
-from genrec.features.base import Block, Workplace
+from genrec.features.base import Block, FeatureExtractor, Workplace
 from genrec.item_index import ItemIndex
 from genrec.models.scratch import ScratchBackbone
 from genrec.pipeline import indexing
@@ -59,6 +59,7 @@ def embed(
     *,
     interactions: Interactions | None = None,
     accelerator: Accelerator | None = None,
+    parts: Sequence[np.ndarray] = (),
 ) -> None:
     """Write the vectors of a catalogue (artifact "vectors"); several processes share the work.
 
@@ -71,18 +72,22 @@ def embed(
         config: a resolved configuration of an extractor.
         interactions: of the data set; their training part is read where the extractor needs it.
         accelerator: the processes that call this; None: this one alone.
+        parts: vectors of the extractor's parts, where they are made already.
     """
-    extractor = component(FEATURES, config)(config)
+    extractor: FeatureExtractor = component(FEATURES, config)(config)
     work, upstream = path.with_name(f"{path.name}.work"), {"catalog": catalog.fingerprint}
     place = Workplace(work)
-    if accelerator is not None and extractor.shares_work:
+    if accelerator is not None and (extractor.shares_work or parts):
         ranks = (accelerator.process_index, accelerator.num_processes)
         place = Workplace(work, *ranks, accelerator.wait_for_everyone)
     training = None
     if extractor.needs_interactions and interactions is not None:
         training = interactions.training()
         upstream["interactions"] = training.fingerprint
-    vectors = extractor.embed(catalog, training, place)
+    if parts:
+        vectors = extractor.join(catalog, parts, training)
+    else:
+        vectors = extractor.embed(catalog, training, place)
     place.barrier()  # all have read the parts before the first process removes them
     if place.index == 0:
         save_artifact(
