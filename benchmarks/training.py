@@ -40,6 +40,7 @@ from genrec.data.splits import leave_one_out
 from genrec.models.base import FIRST_TOKEN, Backbone
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
+from genrec.models.hierarchical import Hierarchical
 from genrec.trainers.batching import Spans, TrainingExamples
 
 # Lengths of Amazon Beauty's users (5-core, 22,363 users, mean 8.88): shares and their quantiles.
@@ -164,6 +165,26 @@ def case(
     return rate_row(name, baseline, targets, ours, theirs, equal, **check, **_sizes(size, model))
 
 
+def across(
+    name: str, baseline: str, model: Any, theirs: Any, interactions: Interactions, size: Size
+) -> common.Row:
+    """Time a model under our loop and another one, on the same targets, under transformers'."""
+    examples, other = (
+        TrainingExamples(interactions, m.training_unit, m.config.max_history)
+        for m in (model, theirs)
+    )
+    rows = their_rows(theirs, other, other.spans(0, 0))
+    spans = examples.spans(0, 0)
+    first, second = alternate(
+        lambda: train_ours(model, examples, size.batch_size),
+        lambda: train_theirs(theirs, rows, size.batch_size),
+        runs=size.runs,
+    )
+    same_targets = int((spans.stop - spans.start).sum()) == len(rows) == len(interactions)
+    sizes = _sizes(size, model) | {"their_model": theirs.config.to_dict()}
+    return rate_row(name, baseline, len(interactions), first, second, same_targets, **sizes)
+
+
 def _sizes(size: Size, model: Backbone) -> dict[str, Any]:
     return {
         "batch_size": size.batch_size,
@@ -216,8 +237,8 @@ def make_model(cls: type[Backbone], **options: Any) -> Any:
     """Return a fresh model, 4 codes of 256 an item, with transformers' softmax over all tokens."""
     index = random_catalogue(Catalogue(12_101, 256, 1, 1, 1, 1))
     torch.manual_seed(0)
-    config = cls.Config(max_history=MAX_HISTORY, softmax="vocabulary", **options)
-    return cls.from_index(config, index)
+    options = {"softmax": "vocabulary", **options}
+    return cls.from_index(cls.Config(max_history=MAX_HISTORY, **options), index)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -253,6 +274,10 @@ def cases(t5: Size, causal: Size) -> list[common.Row]:
     one, three = same_training(plain, users, t5), same_training(dropping, users, t5)
     four = same_training(decoder, more_users, causal)
     six = same_windows(decoder, users, causal)
+    # As in configs/genrec.yaml, but for content: 128 wide, whatever the others' size.
+    options: dict[str, Any] = {"d_model": 128, "activation": "gelu", "items_from": 1}
+    items = make_model(Hierarchical, dropout=0.0, softmax="level", **options)
+    dropping_items = make_model(Hierarchical, dropout=0.5, softmax="level", **options)
     name, grouped = "encoder_decoder", "hf_trainer, group_by_length"
     whole, by_length = "decoder_only, one sequence per user", "group_by_length"
     return [
@@ -262,6 +287,15 @@ def cases(t5: Size, causal: Size) -> list[common.Row]:
         case(whole, "hf_trainer", decoder, more_users, causal, four),
         case(whole, grouped, decoder, more_users, causal, four, sampling=by_length),
         case("decoder_only", "hf_trainer, windows", decoder, users, causal, six, windows=True),
+        across("hierarchical", "hf_trainer, encoder_decoder", items, plain, users, t5),
+        across(
+            "hierarchical, dropout",
+            "hf_trainer, encoder_decoder, dropout 0.1",
+            dropping_items,
+            dropping,
+            users,
+            t5,
+        ),
     ]
 
 

@@ -18,7 +18,7 @@ from genrec.data.events import Events
 from genrec.data.filters import chronological, keep_core, keep_duplicates, tie_statistics
 from genrec.data.prepare import PrepareConfig, make_source, prepare
 from genrec.data.splits import global_time, leave_one_out
-from genrec.errors import AssetError, ConfigError, UserError
+from genrec.errors import AssetError, ConfigError, DataError, UserError
 
 HEADER = "user_id,item_id,rating,timestamp\n"
 
@@ -316,6 +316,28 @@ def test_manifest_records_every_choice(tmp_path):
     assert (info["duplicates"], info["ties"], info["order"]) == ("first", "file", "time")
     assert info["split"] == {"name": "leave_one_out", "users_without_held_out": 1}
     assert (info["num_users"], info["num_items"], info["name"]) == (2, 3, "events")
+
+
+def test_hidden_items_are_unknown_to_training_only(tmp_path):
+    rows = [(f"u{n}", f"i{(n + k) % 20}", 1, k + 1) for n in range(20) for k in range(8)]
+    whole = prepare(raw(tmp_path, rows), config())
+    some = prepare(raw(tmp_path, rows), config(hidden_items=0.1))
+    more = prepare(raw(tmp_path, rows), config(hidden_items=0.3), tmp_path / "cold")
+    x, y, z = whole.interactions, some.interactions, more.interactions
+    hidden = [set(range(20)) - set(found.training().item_rows.tolist()) for found in (y, z)]
+    assert [len(h) for h in hidden] == [2, 6] and hidden[0] < hidden[1]
+    assert more.info["split"]["hidden_items"] == {"share": 0.3, "items": 6}
+    kept = ~(np.isin(x.item_rows, sorted(hidden[1])) & (x.splits == TRAIN))
+    assert more.info["counts"]["dropped_hidden"] == int((~kept).sum()) == 6 * 6
+    assert np.array_equal(z.item_rows, x.item_rows[kept])
+    assert np.array_equal(z.timestamps, x.timestamps[kept])
+    for part in ("valid", "test"):
+        before, after = x.examples(part), z.examples(part)
+        assert np.array_equal(after.target_rows, before.target_rows)
+        assert np.array_equal(after.user_rows, before.user_rows)
+    assert Dataset.load(tmp_path / "cold").interactions.fingerprint == z.fingerprint
+    with pytest.raises(DataError, match="no training interaction is left"):
+        prepare(raw(tmp_path, rows), config(hidden_items=0.99))
 
 
 def test_defaults_of_the_protocol(tmp_path):

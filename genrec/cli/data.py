@@ -69,6 +69,10 @@ def prepare(
     split: Annotated[
         str | None, typer.Option(help="leave_one_out or global_time. [default: leave_one_out]")
     ] = None,
+    hidden_items: Annotated[
+        float | None,
+        typer.Option(help="Share of the items that training does not know: cold start."),
+    ] = None,
     valid_fraction: Annotated[
         float | None, typer.Option(help="global_time: share for validation.")
     ] = None,
@@ -168,6 +172,7 @@ def prepare(
         "split": split,
         "valid_fraction": valid_fraction,
         "test_fraction": test_fraction,
+        "hidden_items": hidden_items,
         "bad_rows": bad_rows,
     }
     options = {

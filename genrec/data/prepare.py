@@ -71,6 +71,10 @@ class PrepareConfig(StrictConfig):
     """global_time: share of the interactions before the test period that validate."""
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
     """global_time: share of the latest interactions that test."""
+    hidden_items: float | None = Field(default=None, gt=0, lt=1)
+    """Cold start: share of the items that nobody consumes in training, those whose ids have the
+    smallest MD5. Their training interactions are dropped after the split; as targets and in the
+    histories of validation and test they stay. null: hide none."""
 
 
 def make_source(config: Source | SourceConfig | Mapping[str, Any]) -> Source:
@@ -149,10 +153,15 @@ def prepare(
     ratings = None if events.ratings is None else events.ratings.astype(np.float32)
     del users, events
     split, parts = _split(config, offsets, seconds)
+    interactions = Interactions(item_rows, offsets, seconds, parts, len(item_ids), ratings)
+    if config.hidden_items is not None:
+        hidden = splits.hidden_items(item_ids, config.hidden_items)
+        interactions, dropped = splits.without_training(interactions, hidden)
+        split["hidden_items"] = {"share": config.hidden_items, "items": len(hidden)}
+        counts |= {"dropped_hidden": dropped}
 
     # 3. Join the items table, describe, write.
     table, items_facts = _catalog(source, item_ids)
-    interactions = Interactions(item_rows, offsets, seconds, parts, len(item_ids), ratings)
     untimed = {}
     if source.ordered and by_time:
         untimed = {"users_in_file_order": _untimed_users(offsets, seconds)}

@@ -1,16 +1,20 @@
 """Which interactions are for training, validation and test. It does not order them.
 
-Both functions expect interactions grouped by user and chronological within a user, and return what
-`Interactions.splits` holds.
+`leave_one_out` and `global_time` expect interactions grouped by user and chronological within a
+user, and return what `Interactions.splits` holds.
 
-Shapes: M interactions, U users.
+Shapes: M interactions, U users, N items.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
-from genrec.data.interactions import TEST, TRAIN, VALID
+from genrec.data.interactions import TEST, TRAIN, VALID, Interactions
 from genrec.errors import DataError
 
 MIN_HELD_OUT_LENGTH = 3
@@ -68,3 +72,42 @@ def global_time(timestamps: np.ndarray, valid_from: int, test_from: int) -> np.n
     return np.where(timestamps >= test_from, np.uint8(TEST), late * np.uint8(VALID)).astype(
         np.uint8
     )
+
+
+def hidden_items(item_ids: Sequence[str], share: float) -> np.ndarray:
+    """Return the rows of the items that training shall not know: those of the smallest MD5.
+
+    The choice depends on the ids alone; a larger share holds the smaller one.
+
+    Returns:
+        int64 rows, sorted; at least one.
+    """
+    digests = [hashlib.md5(i.encode(), usedforsecurity=False).digest() for i in item_ids]
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    return np.sort(np.array(order[: max(1, round(share * len(order)))], dtype=np.int64))
+
+
+def without_training(interactions: Interactions, rows: np.ndarray) -> tuple[Interactions, int]:
+    """Drop the training interactions of items; return the others, and how many went.
+
+    Raises:
+        DataError: no training interaction is left.
+    """
+    drop = np.isin(interactions.item_rows, rows) & (interactions.splits == TRAIN)
+    keep = ~drop
+    if not (interactions.splits[keep] == TRAIN).any():
+        raise DataError(
+            f"hidden_items: no training interaction is left without the {len(rows)} hidden items. "
+            "Hide a smaller share."
+        )
+    kept_before = np.concatenate([[0], np.cumsum(keep)])
+    ratings = interactions.ratings
+    left = replace(
+        interactions,
+        item_rows=interactions.item_rows[keep],
+        offsets=kept_before[interactions.offsets],
+        timestamps=interactions.timestamps[keep],
+        splits=interactions.splits[keep],
+        ratings=None if ratings is None else ratings[keep],
+    )
+    return left, int(drop.sum())
