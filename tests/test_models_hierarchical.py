@@ -299,6 +299,23 @@ def test_content_leaves_out_what_interactions_made():
         model.start_from(catalog.with_vectors(vectors, ()))
 
 
+@torch.no_grad()
+def test_items_that_training_does_not_know_have_no_vector_of_their_own(tmp_path):
+    model = backbone(CODES, items_from=1)
+    rows = torch.arange(len(CODES))
+    with_own = model.item_vectors(rows).clone()
+    consumed_N = np.ones(len(CODES), dtype=bool)
+    consumed_N[[2, 5]] = False
+    model.meet_items(consumed_N)
+    found = model.item_vectors(rows)
+    codes_ND = model.embedding(model.tokens_NL).sum(1)
+    torch.testing.assert_close(found[[2, 5]], codes_ND[[2, 5]])
+    assert torch.equal(found[consumed_N], with_own[consumed_N])
+    assert not torch.allclose(found[[2, 5]], with_own[[2, 5]])
+    save_model(tmp_path / "m", model, CODES)
+    assert torch.equal(load_model(tmp_path / "m", CODES).item_vectors(rows), found)
+
+
 def test_content_that_was_not_given_says_so():
     model = backbone(CODES, content=True)
     with pytest.raises(UserError, match=r"model\.content: this model has not taken in"):

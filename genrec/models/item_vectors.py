@@ -30,7 +30,8 @@ class ItemVectorsConfig(ItemPositionsConfig):
     """What an item's vector is made of, beside its codes."""
 
     item_vectors: bool = True
-    """Give each item a learned vector of its own, added to those of its codes."""
+    """Give each item that training knows a learned vector of its own, added to those of its codes.
+    Others have none: theirs would only learn that nobody chooses them."""
     item_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Probability that a training step does without an item's own vector, in the history as
     among the candidates: items that are rare or new then rank by their codes."""
@@ -55,8 +56,9 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
     """A backbone from scratch with a vector per item; see the module's text."""
 
     config: ItemVectorsConfig
-    item_tables: ClassVar[tuple[str, ...]] = ("own.weight", "content.vectors_NE")
+    item_tables: ClassVar[tuple[str, ...]] = ("own.weight", "consumed_N1", "content.vectors_NE")
     own: nn.Embedding
+    consumed_N1: Tensor
     content: Content
 
     def __init__(
@@ -70,6 +72,7 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         self._made_table: tuple[tuple[Any, ...], Tensor] | None = None
         if config.item_vectors:
             self.own = nn.Embedding(len(self.tokens_NL), config.d_model)
+            self.register_buffer("consumed_N1", torch.ones(len(self.tokens_NL), 1).bool())
 
     def facts(self) -> dict[str, Any]:
         """Return also the width of the item vectors that the model takes in, if any."""
@@ -109,6 +112,11 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         content = Content(standardized(vectors_NE), self.config.d_model, self.config.init_std)
         self.content = content.to(self.device)
 
+    def meet_items(self, consumed_N: np.ndarray) -> None:
+        """Take in which items have vectors of their own; see `Backbone.meet_items`."""
+        if self.config.item_vectors:
+            self.consumed_N1.copy_(torch.from_numpy(consumed_N)[:, None])
+
     def item_representations(self, rows: Tensor) -> Tensor:
         """Return the items' vectors; see `Backbone.item_representations`."""
         return self.item_vectors(rows)
@@ -129,7 +137,7 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
     def _table(self) -> Tensor:
         """Return the vectors of all items, (N, D), made once for the weights as they are."""
         weights = [self.embedding.weight]
-        weights += [self.own.weight] if self.config.item_vectors else []
+        weights += [self.own.weight, self.consumed_N1] if self.config.item_vectors else []
         if self.config.content:
             content = self._content()
             weights += [content.projection.weight, content.vectors_NE]
@@ -163,9 +171,10 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         if self.training and self.config.item_dropout:
             self._draws_N = torch.rand(len(self.tokens_NL), device=self.device)
 
-    def _keeps_own(self, rows: Tensor | None) -> Tensor | float:
-        """Return 0 for items that this training step knows by their codes only, else 1."""
+    def _keeps_own(self, rows: Tensor | None) -> Tensor:
+        """Return False for items that are known without vectors of their own, here or at all."""
+        keeps = self.consumed_N1 if rows is None else self.consumed_N1[rows]
         if not self.training or not self.config.item_dropout:
-            return 1.0
+            return keeps
         draws = self._draws_N if rows is None else self._draws_N[rows]
-        return (draws >= self.config.item_dropout).unsqueeze(-1)
+        return keeps & (draws >= self.config.item_dropout).unsqueeze(-1)
