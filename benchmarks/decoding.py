@@ -12,7 +12,7 @@ catalogue alone tells it. Beside the peer stands the floor: the search's own mat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from genrec.item_index import ItemIndex
 from genrec.models.base import FIRST_TOKEN, START, Backbone, Batch
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
+from genrec.models.hierarchical import Hierarchical
 from genrec.models.pretrained_decoder import PretrainedDecoder
 
 
@@ -141,6 +142,29 @@ def case_against_generate(
     return common.Row.of_timings(
         name, "hf_generate", *timings, equal, **details, beam=size.beam, items=len(index)
     )
+
+
+def case_over_items(index: ItemIndex, t5: Any, size: Size) -> common.Row:
+    """Time the default generator's backbone against `generate` on another model.
+
+    `hierarchical` has no twin in transformers, so the lists are not compared: the peer is the T5 of
+    the same catalogue, what its users would run instead.
+    """
+    torch.manual_seed(0)
+    config = Hierarchical.Config(
+        max_history=size.history, d_model=128, activation="gelu", items_from=1, repeat_bias=True
+    )
+    model = spread(Hierarchical.from_index(config, index), 2.0)
+    batch, constraint = random_batch(size), CSRIndex.from_index(index)
+
+    def ours() -> Beams:
+        with torch.inference_mode():
+            return beam_search(model, batch, constraint, width=size.beam, k=size.beam)
+
+    timings = common.alternate(ours, peer(t5, index, batch, size.beam), runs=size.runs, warm_up=1)
+    baseline = "hf_generate, encoder_decoder"
+    options = {"beam": size.beam, "items": len(index)}
+    return common.Row.of_timings("hierarchical", baseline, *timings, None, **options)
 
 
 def case_pretrained(name: str, model: DecoderOnly, index: ItemIndex, size: Size) -> common.Row:
@@ -322,6 +346,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         encoder_decoder(tiger_index, tiger, **small),
         decoder_only(prompt_index, prompt, **large),
     )
+    wide = replace(tiger, beam=tiger.beam if quick else 50)
     one = Size(tiger.num_items, tiger.num_codes, 1, tiger.history, tiger.beam, tiger.runs)
     middle_index = random_catalogue(Size(20_000 if quick else 200_000, tiger.num_codes, 1, 1, 1, 1))
     small_index = random_catalogue(Size(2_000 if quick else 10_000, tiger.num_codes, 1, 1, 1, 1))
@@ -333,6 +358,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         case_against_generate("encoder_decoder", t5, tiger_index, tiger),
         case_against_generate("encoder_decoder, one request", t5, tiger_index, one),
         case_against_generate("decoder_only", causal, prompt_index, prompt),
+        case_over_items(tiger_index, t5, wide),
         case_pretrained("causal LM of transformers, unmodified", causal, prompt_index, prompt),
         case_against_generate("encoder_decoder, fixed shapes", t5, tiger_index, tiger, True),
         case_bare_products("encoder_decoder", t5, tiger_index, tiger, "renormalized"),
