@@ -1,75 +1,42 @@
 """Recommender: histories of item ids in, ranked items with calibrated probabilities out.
 
 What a service imports. It loads a bundle and answers; it does not train, and imports neither the
-trainers nor wandb nor peft.
+trainers nor wandb nor peft. How requests are read is in `genrec.request_rows`, how lists become
+answers in `genrec.answers`.
 
-Shapes: B requests, k list length, C candidates, N items.
+Shapes: B requests, k list length, C candidates, N items, W length of the lists that are searched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from genrec import runtime
+from genrec import answers, request_rows, runtime
+from genrec.answers import Recommendations
 from genrec.bundle import Bundle, load_bundle, mode_name
 from genrec.calibration.base import ListContext
-from genrec.calibration.lists.base import Candidates, Reranker
+from genrec.calibration.lists.base import Reranker
 from genrec.calibration.strength import preference_strength
 from genrec.data import Catalog
 from genrec.data.rules import group_labels, matching_rows
 from genrec.decoding import Boosts, CSRIndex, Scoring, score_candidates
-from genrec.decoding.lists import ListRule, select
+from genrec.decoding.lists import ListRule
 from genrec.errors import UserError
 from genrec.inference import RankedLists, level_logprobs, read_batch, search
 from genrec.item_index import ItemIndex
 from genrec.models.base import RequestContext
+from genrec.request_rows import Histories
 
 log = runtime.get_logger(__name__)
 
-Histories = Sequence[Sequence[str]]
 MAX_RULES = 16
 """Expressions whose view of the index is kept ready (about 6 bytes an item each)."""
-
-
-@dataclass(frozen=True)
-class Recommendations:
-    """Ranked lists, best first. A list with fewer than k eligible items is padded at its end.
-
-    Args:
-        item_ids: (B, k) object array of external ids; None where padded.
-        scores: (B, k) float64 natural log-probabilities; -inf where padded.
-        probabilities: (B, k) float64 calibrated probability that the item is the next one; 0 where
-            padded.
-        certified: (B,) bool; the list provably holds the k best eligible items (with list rules:
-            is the best list that keeps them; re-ranked: holds the k best, in another order).
-        rule_costs: (B,) float64, the sum of scores that list rules or re-ranking cost; None
-            without.
-        preference_strength: (B,) float64, 0 to 1, how much is known about the next item: the share
-            of a blind guess's surprise that the whole calibrated list takes away. It means the same
-            for every user and does not depend on k (`genrec.calibration.strength`).
-    """
-
-    item_ids: np.ndarray
-    scores: np.ndarray
-    probabilities: np.ndarray
-    certified: np.ndarray
-    rule_costs: np.ndarray | None = None
-    preference_strength: np.ndarray | None = None
-
-    @property
-    def expected_hits(self) -> np.ndarray:
-        """Chance that the next item is in the list, (B,) float64: the sum of its probabilities."""
-        total: np.ndarray = self.probabilities.sum(axis=1)
-        return total
-
-    def __len__(self) -> int:
-        return len(self.item_ids)
 
 
 class Recommender:
@@ -186,16 +153,16 @@ class Recommender:
                 "recommend: got list_rules and rerank, expected one of them. Rules choose from "
                 "lists ordered by score, which re-ranked ones are not."
             )
-        self._check_histories(histories)
-        rows, kept = self._history_rows(histories, missing)
-        context = self._context(histories, kept, times, now, users)
-        width = self._check_width(k, width)
-        denied = self._filter_rows(exclude, len(rows), "exclude")
+        request_rows.check_histories(histories)
+        rows, kept = request_rows.history_rows(self.index, histories, missing)
+        context = request_rows.request_context(self.model, histories, kept, times, now, users)
+        width = request_rows.check_width(k, width, self.width)
+        denied = request_rows.filter_rows(self.index, exclude, len(rows), "exclude")
         if exclude_seen:
             denied = [np.concatenate(pair) for pair in zip(rows, denied, strict=True)]
-        allowed = (
-            None if candidates is None else self._filter_rows(candidates, len(rows), "candidates")
-        )
+        allowed = None
+        if candidates is not None:
+            allowed = request_rows.filter_rows(self.index, candidates, len(rows), "candidates")
         # Probabilities are those of the calibrated list at the bundle's width, cut to k.
         depth = min(max(width, k), len(self.index))
         lists = search(
@@ -212,12 +179,11 @@ class Recommender:
         )
         probabilities = self._probabilities(lists, rows, context, allowed, rule, exclude_seen)
         if list_rules:
-            answer = self._selected(lists, probabilities, k, list_rules)
+            answer = answers.selected(self.index, lists, probabilities, k, list_rules)
         elif rerank is not None:
-            answer = self._reranked(lists, probabilities, k, rerank, rows)
+            answer = answers.reranked(self.index, lists, probabilities, k, rerank, rows)
         else:
-            certified = lists.top(k).certified
-            answer = self._answer(lists.rows, lists.scores, probabilities, certified, k)
+            answer = answers.best(self.index, lists, probabilities, k)
         strength = preference_strength(probabilities, lists.num_rest)
         return replace(answer, preference_strength=strength)
 
@@ -254,135 +220,24 @@ class Recommender:
             UserError: numbers of histories and lists differ, an unknown candidate, or times that
                 are missing or do not fit.
         """
-        self._check_histories(histories)
+        request_rows.check_histories(histories)
         if len(histories) != len(candidates):
             raise UserError(
                 f"score: got {len(histories)} histories and {len(candidates)} candidate lists, "
                 "expected one list per history."
             )
-        rows, kept = self._history_rows(histories, "skip")
-        context = self._context(histories, kept, times, now, users)
-        wanted = [self.index.rows_of(items) for items in candidates]
-        longest = max((len(w) for w in wanted), default=0)
-        if not longest:
-            return np.empty((len(rows), 0))
-        rows_BC = np.full((len(rows), longest), -1, dtype=np.int64)
-        for i, found in enumerate(wanted):
-            rows_BC[i, : len(found)] = found
+        rows, kept = request_rows.history_rows(self.index, histories, "skip")
+        context = request_rows.request_context(self.model, histories, kept, times, now, users)
+        rows_BC = request_rows.candidate_rows(self.index, candidates)
+        if not rows_BC.size:
+            return np.empty(rows_BC.shape)
+        wanted = torch.from_numpy(rows_BC).to(self.device)
         batch = read_batch(self.model, rows, np.arange(len(rows)), context).to(self.device)
         with torch.inference_mode():
             scores = score_candidates(
-                self.model,
-                batch,
-                self._constraint,
-                torch.from_numpy(rows_BC).to(self.device),
-                scoring=self.scoring,
+                self.model, batch, self._constraint, wanted, scoring=self.scoring
             )
         return scores.double().cpu().numpy()
-
-    # -- checks and conversions ---------------------------------------------------------------
-
-    @staticmethod
-    def _check_histories(histories: Any) -> None:
-        if isinstance(histories, str) or any(isinstance(h, str) for h in histories):
-            raise UserError(
-                'histories: got text, expected a list of lists of item ids, e.g. [["50", "181"]].'
-            )
-
-    def _history_rows(
-        self, histories: Histories, missing: Literal["skip", "error"]
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Return the rows of the known items, and which places of the histories they come from."""
-        if missing not in ("skip", "error"):
-            raise UserError(f"missing: got {missing!r}, expected 'skip' or 'error'.")
-        if missing == "error":
-            found = [self.index.rows_of(h) for h in histories]
-            return found, [np.arange(len(rows)) for rows in found]
-        marked = [self.index.rows_of(h, missing="mark") for h in histories]
-        unknown = {
-            str(item)
-            for history, rows in zip(histories, marked, strict=True)
-            for item, row in zip(history, rows, strict=True)
-            if row < 0
-        }
-        if unknown:
-            shown = ", ".join(sorted(unknown)[:5])
-            log.warning(
-                "%d item(s) in the histories are not in the catalogue and were skipped: %s%s. "
-                "Pass missing='error' to stop instead.",
-                len(unknown),
-                shown,
-                " ..." if len(unknown) > 5 else "",
-            )
-        kept = [np.flatnonzero(rows >= 0) for rows in marked]
-        return [rows[places] for rows, places in zip(marked, kept, strict=True)], kept
-
-    def _context(
-        self,
-        histories: Histories,
-        kept: Sequence[np.ndarray],
-        times: Sequence[Sequence[float] | np.ndarray] | None,
-        now: Sequence[float] | None,
-        users: Sequence[str | None] | None,
-    ) -> RequestContext | None:
-        """Return what the model reads beside the items that were kept; None: nothing."""
-        for name, given in (("times", times), ("now", now), ("users", users)):
-            if given is not None and (isinstance(given, str) or len(given) != len(histories)):
-                raise UserError(
-                    f"{name}: got {len(given)} for {len(histories)} histories, expected one for "
-                    "each."
-                )
-        found = None if users is None else self.model.user_rows(users)
-        if not self.model.reads_times:
-            return None if found is None else RequestContext(users_B=found)
-        if times is None:
-            raise UserError(
-                "times: got none, but this model reads when items were taken. Expected seconds "
-                "since 1970 for each item of each history (0 where not known): "
-                "times=[[881250949, 881250991]]."
-            )
-        seconds = [np.asarray(row, dtype=np.float64) for row in times]
-        for number, (row, history) in enumerate(zip(seconds, histories, strict=True)):
-            if row.shape != (len(history),):
-                raise UserError(
-                    f"times[{number}]: got {row.size} times for {len(history)} items, expected one "
-                    "for each item of the history, 0 where not known."
-                )
-            _check_seconds(f"times[{number}]", row)
-        now_B = None if now is None else np.asarray(now, dtype=np.float64)
-        if now_B is not None:
-            _check_seconds("now", now_B)
-        return RequestContext(
-            [row[places].astype(np.int64) for row, places in zip(seconds, kept, strict=True)],
-            None if now_B is None else now_B.astype(np.int64),
-            found,
-        )
-
-    def _filter_rows(
-        self, items: Histories | Sequence[str] | None, count: int, what: str
-    ) -> list[np.ndarray]:
-        if items is None:
-            return [np.empty(0, np.int64)] * count
-        if isinstance(items, str):
-            raise UserError(f"{what}: got text, expected a list of item ids.")
-        if all(isinstance(item, str) for item in items):
-            return [self.index.rows_of(items)] * count  # type: ignore[arg-type]
-        if len(items) != count:
-            raise UserError(
-                f"{what}: got {len(items)} lists for {count} histories, expected one list for "
-                "all, or one per history."
-            )
-        return [self.index.rows_of(each) for each in items]
-
-    def _check_width(self, k: int, width: int | None) -> int:
-        for name, value in (("k", k), ("width", width)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UserError(f"{name}: got {value!r}, expected an integer >= 1.")
-        if width is None:
-            return max(self.width, k)
-        if width < k:
-            raise UserError(f"width: got {width}, expected at least k={k}. Raise width or lower k.")
-        return width
 
     def _view(self, rule: str | np.ndarray | None) -> CSRIndex:
         if rule is None:
@@ -401,54 +256,6 @@ class Recommender:
         values_N = np.zeros(len(self.index), dtype=np.float32)
         values_N[self.index.rows_of(boosts)] = list(boosts.values())
         return Boosts(self._constraint, values_N)
-
-    def _selected(
-        self, lists: RankedLists, probabilities: np.ndarray, k: int, rules: Sequence[ListRule]
-    ) -> Recommendations:
-        """Choose each list from the wide one; what is left out is cut or padded at the end."""
-        found = [
-            select(rows, scores, k, rules, certified=bool(certain))
-            for rows, scores, certain in zip(lists.rows, lists.scores, lists.certified, strict=True)
-        ]
-        places = np.full((len(found), k), -1)
-        for i, selection in enumerate(found):
-            places[i, : len(selection.places)] = selection.places
-        certified = np.array([selection.proven for selection in found], dtype=bool)
-        costs = np.array([selection.cost for selection in found], dtype=np.float64)
-        return self._chosen(lists, probabilities, places, certified, costs)
-
-    def _reranked(
-        self,
-        lists: RankedLists,
-        probabilities: np.ndarray,
-        k: int,
-        rerank: Reranker,
-        histories: Sequence[np.ndarray],
-    ) -> Recommendations:
-        """Let a re-ranker choose; a list is certified where it holds the certified top k."""
-        found = rerank.rerank(Candidates(lists.rows, lists.scores, probabilities, histories), k)
-        kept = (found.places_Uk < k).all(axis=1)
-        certified = lists.top(k).certified & kept
-        return self._chosen(lists, probabilities, found.places_Uk, certified, found.costs_U)
-
-    def _chosen(
-        self,
-        lists: RankedLists,
-        probabilities: np.ndarray,
-        places: np.ndarray,
-        certified: np.ndarray,
-        costs: np.ndarray,
-    ) -> Recommendations:
-        """Return the items at these places of the wide lists, (B, k), -1 = padding."""
-
-        def chosen(values: np.ndarray, fill: float) -> np.ndarray:
-            padded = np.pad(values, ((0, 0), (0, 1)), constant_values=fill)
-            return np.take_along_axis(padded, places, axis=1)
-
-        rows, scores = chosen(lists.rows, -1), chosen(lists.scores, -np.inf)
-        probabilities = chosen(probabilities, 0.0)
-        answer = self._answer(rows, scores, probabilities, certified, places.shape[1])
-        return replace(answer, rule_costs=costs)
 
     def _probabilities(
         self,
@@ -491,28 +298,3 @@ class Recommender:
                 f"{name} ones. Calibrate again with evaluation.masked=[true, false]."
             )
         return self.calibrators[name]
-
-    def _answer(
-        self,
-        rows: np.ndarray,
-        scores: np.ndarray,
-        probabilities: np.ndarray,
-        certified: np.ndarray,
-        k: int,
-    ) -> Recommendations:
-        ids = np.array([*self.index.item_ids, None], dtype=object)
-        shape = (len(rows), k)
-        item_ids = np.full(shape, None, dtype=object)
-        all_scores, all_probabilities = np.full(shape, -np.inf), np.zeros(shape)
-        got = min(k, rows.shape[1])
-        item_ids[:, :got] = ids[rows[:, :got]]
-        all_scores[:, :got] = scores[:, :got]
-        all_probabilities[:, :got] = probabilities[:, :got]
-        return Recommendations(item_ids, all_scores, all_probabilities, certified)
-
-
-def _check_seconds(name: str, seconds: np.ndarray) -> None:
-    if seconds.size and not (np.isfinite(seconds).all() and seconds.min() >= 0):
-        raise UserError(
-            f"{name}: got {seconds.min()}, expected seconds since 1970, or 0 where not known."
-        )

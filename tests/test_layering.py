@@ -31,6 +31,8 @@ LAYERS = [
     {
         "inference",
         "bundle",
+        "request_rows",
+        "answers",
         "asking",
         "titles",
         "trainers",
