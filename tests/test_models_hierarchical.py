@@ -179,9 +179,9 @@ def test_scores_by_group_by_product_and_by_item_are_the_same(first, monkeypatch)
     truth_MC = model._scores(query_MD, model.groups.below(group_M))
     found = [model._training_scores(query_MD, group_M)]
     monkeypatch.setattr(Hierarchical, "_scores_by_group", None)
-    monkeypatch.setattr("genrec.models.hierarchical.RUNS_BY_GROUP", ())
+    monkeypatch.setattr("genrec.models.item_choice.RUNS_BY_GROUP", ())
     for cost in (0, 10**6):
-        monkeypatch.setattr("genrec.models.hierarchical.GATHER_COST", cost)
+        monkeypatch.setattr("genrec.models.item_choice.GATHER_COST", cost)
         found.append(model._training_scores(query_MD, group_M))
     for scores_MC in found:
         torch.testing.assert_close(scores_MC, truth_MC, atol=1e-5, rtol=1e-4)

@@ -23,11 +23,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
 
 from genrec.calibration.base import (
     Calibrator,
-    CalibratorConfig,
     ListContext,
     Need,
     checked,
@@ -35,6 +33,7 @@ from genrec.calibration.base import (
     log_rest_item,
     logsumexp,
 )
+from genrec.calibration.scores import TemperatureConfig
 from genrec.errors import UserError
 
 # Levels must add up to the log-probability; float32 sums stray less than this.
@@ -52,23 +51,15 @@ class LevelTemperatureCalibrator(Calibrator):
 
     keeps_order: ClassVar[bool] = False
 
-    class Config(CalibratorConfig):
-        """Range of the search."""
+    class Config(TemperatureConfig):
+        """Range of the search, the same for all levels."""
 
         name: Literal["level_temperature"] = "level_temperature"
         """Name in the registry."""
-        min_temperature: float = Field(default=0.05, gt=0.0)
-        """Smallest temperature tried (no unit)."""
-        max_temperature: float = Field(default=20.0, gt=0.0)
-        """Largest temperature tried (no unit)."""
 
     def __init__(self, config: LevelTemperatureCalibrator.Config | None = None) -> None:
         super().__init__(config)
-        if self.config.min_temperature >= self.config.max_temperature:
-            raise UserError(
-                f"calibrator: min_temperature {self.config.min_temperature} is not below "
-                f"max_temperature {self.config.max_temperature}. Swap or widen them."
-            )
+        self.config.check_range()
         self.temperatures: tuple[float, ...] = ()
 
     @property

@@ -44,6 +44,7 @@ __all__ = [
     "Calibrator",
     "IdentityCalibrator",
     "TemperatureCalibrator",
+    "TemperatureConfig",
     "target_nll",
     "tempered_logprobs",
 ]
@@ -90,6 +91,23 @@ class IdentityCalibrator(Calibrator):
         return self
 
 
+class TemperatureConfig(CalibratorConfig):
+    """Range in which temperatures are searched."""
+
+    min_temperature: float = Field(default=0.05, gt=0.0)
+    """Smallest temperature tried (no unit)."""
+    max_temperature: float = Field(default=20.0, gt=0.0)
+    """Largest temperature tried (no unit)."""
+
+    def check_range(self) -> None:
+        """Raise `UserError` where the range is empty."""
+        if self.min_temperature >= self.max_temperature:
+            raise UserError(
+                f"calibrator: min_temperature {self.min_temperature} is not below "
+                f"max_temperature {self.max_temperature}. Swap or widen them."
+            )
+
+
 class TemperatureCalibrator(Calibrator):
     """One temperature on the catalogue distribution, fitted by the NLL of the validation targets.
 
@@ -100,23 +118,15 @@ class TemperatureCalibrator(Calibrator):
     rather than classes.
     """
 
-    class Config(CalibratorConfig):
+    class Config(TemperatureConfig):
         """Range of the search."""
 
         name: Literal["temperature"] = "temperature"
         """Name in the registry."""
-        min_temperature: float = Field(default=0.05, gt=0.0)
-        """Smallest temperature tried (no unit)."""
-        max_temperature: float = Field(default=20.0, gt=0.0)
-        """Largest temperature tried (no unit)."""
 
     def __init__(self, config: TemperatureCalibrator.Config | None = None) -> None:
         super().__init__(config)
-        if self.config.min_temperature >= self.config.max_temperature:
-            raise UserError(
-                f"calibrator: min_temperature {self.config.min_temperature} is not below "
-                f"max_temperature {self.config.max_temperature}. Swap or widen them."
-            )
+        self.config.check_range()
         self.temperature = 1.0
 
     def fit(

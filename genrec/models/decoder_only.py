@@ -23,17 +23,9 @@ from torch.nn import functional as F
 
 from genrec.errors import UserError
 from genrec.models.base import PAD, START, Batch, LossOutput
-from genrec.models.causal import (
-    NORM_EPS,
-    CausalConfig,
-    CausalLayer,
-    KeysValues,
-    init_weights,
-    prefill,
-)
-from genrec.models.layers import module_list, rotary_tables, shared_prompt_attention
+from genrec.models.causal import NORM_EPS, CausalConfig, CausalLayer, KeysValues, prefill
+from genrec.models.layers import module_list, shared_prompt_attention
 from genrec.models.request_features import Reading, RequestFeaturesBackbone
-from genrec.models.scratch import check_heads
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -75,8 +67,7 @@ class DecoderOnly(RequestFeaturesBackbone):
     training_unit: ClassVar[Literal["target", "sequence"]] = "sequence"
     item_position: nn.Embedding
     level_embedding: nn.Embedding
-    cos: Tensor
-    sin: Tensor
+    layers: Sequence[CausalLayer]
 
     def __init__(
         self,
@@ -86,18 +77,13 @@ class DecoderOnly(RequestFeaturesBackbone):
         shared_vocabulary: bool = False,
     ) -> None:
         super().__init__(config, tokens_NL, codebook_sizes, shared_vocabulary)
-        head_width = check_heads(config)
         self.layers = module_list(CausalLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         if config.item_positions:
             self.item_position = nn.Embedding(config.max_history + 2, config.d_model)
         if config.level_embeddings:
             self.level_embedding = nn.Embedding(self.num_levels, config.d_model)
-        self.make_request_features()
-        cos, sin = rotary_tables(self.max_tokens, head_width, config.rope_theta)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        init_weights(self, self.layers, config.init_std)
+        self.complete(self.max_tokens)
 
     @property
     def max_tokens(self) -> int:

@@ -1,10 +1,10 @@
 """Which layers read item positions: softmax attention, or HSTU's pointwise attention?
 
 HSTU (Zhai et al. 2024): SiLU instead of softmax, a gate instead of a feed-forward block, learned
-biases by distance and by time. Dense, without kernels of its own. It knows neither items nor
-levels.
+biases by distance and by time. Dense, without kernels of its own. It knows neither codes nor
+losses.
 
-Shapes: B requests, T positions, h heads, d width of a head, D model width.
+Shapes: B requests, H history items, T = 1 + H positions, h heads, d width of a head, D model width.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec.errors import ConfigError
+from genrec.models.base import START
 from genrec.models.causal import NORM_EPS, CausalConfig, CausalLayer, prefill
 from genrec.models.layers import Forgetful, merge_heads, module_list, split_heads
 from genrec.models.request_features import (
@@ -88,16 +89,13 @@ class HSTULayer(Forgetful):
 
 
 class ItemPositionsBackbone(RequestFeaturesBackbone):
-    """A backbone in which an item is one position.
+    """A backbone that reads START and one position per item.
 
-    Leaves keep their layers in `layers`, and rotary tables of max_history + 1 positions in `cos`
-    and `sin`.
+    Constructors of leaves call `make_layers`, and `complete` for max_history + 1 positions.
     """
 
     config: ItemPositionsConfig
     layers: Sequence[CausalLayer] | Sequence[HSTULayer]
-    cos: Tensor
-    sin: Tensor
 
     def make_layers(self) -> None:
         """Make the layers that the configuration asks for.
@@ -122,9 +120,10 @@ class ItemPositionsBackbone(RequestFeaturesBackbone):
         """Whether times change what it answers; see `Backbone.reads_times`."""
         return self.config.time_bias or super().reads_times
 
-    def read_all(self, x_BTD: Tensor, reading: Reading) -> Tensor:
+    def read_all(self, reading: Reading) -> Tensor:
         """Return the last layer's output for every position, (B, T, D)."""
-        length, buckets_BTT = x_BTD.shape[1], self._buckets(reading)
+        x_BTD, buckets_BTT = self._embed(reading), self._buckets(reading)
+        length = x_BTD.shape[1]
         for layer in self.layers:
             if isinstance(layer, HSTULayer):
                 x_BTD = layer(x_BTD, buckets_BTT)
@@ -132,15 +131,23 @@ class ItemPositionsBackbone(RequestFeaturesBackbone):
                 x_BTD, _ = layer(x_BTD, self.cos[:length], self.sin[:length])
         return x_BTD
 
-    def read_last(self, x_BTD: Tensor, reading: Reading) -> Tensor:
+    def read_last(self, reading: Reading) -> Tensor:
         """Return the last layer's output for the last position of each history, (B, D)."""
         visible_BT = F.pad(reading.items_BH >= 0, (1, 0), value=True)
         causal = [layer for layer in self.layers if isinstance(layer, CausalLayer)]
         if causal:
-            return prefill(causal, x_BTD, (self.cos, self.sin), visible_BT)[0]
+            return prefill(causal, self._embed(reading), (self.cos, self.sin), visible_BT)[0]
         last_B11 = (visible_BT.sum(1) - 1)[:, None, None]
-        x_BTD = self.read_all(x_BTD, reading)
+        x_BTD = self.read_all(reading)
         return x_BTD.gather(1, last_B11.expand(-1, 1, x_BTD.shape[-1]))[:, 0]
+
+    def _embed(self, reading: Reading) -> Tensor:
+        """Return START and the items' vectors, with what is known beside them, (B, T, D)."""
+        items_BH = reading.items_BH
+        start_B1D = self.embedding.weight[START].expand(len(items_BH), 1, -1)
+        x_BTD = torch.cat([start_B1D, self.item_representations(items_BH)], dim=1)
+        x_BTD = self.with_request(x_BTD, reading)
+        return F.dropout(x_BTD, self.config.dropout, self.training)
 
     def _buckets(self, reading: Reading) -> Tensor | None:
         """Return the bucket of the time between any two positions, (B, T, T)."""

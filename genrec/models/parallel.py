@@ -23,12 +23,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genrec.models.base import START, Batch, LossOutput
-from genrec.models.causal import NORM_EPS, init_weights
+from genrec.models.base import Batch, LossOutput
+from genrec.models.causal import NORM_EPS
 from genrec.models.hstu import ItemPositionsBackbone, ItemPositionsConfig
-from genrec.models.layers import module_list, rotary_tables
+from genrec.models.layers import module_list
 from genrec.models.request_features import Reading
-from genrec.models.scratch import check_heads
 
 
 @dataclass(frozen=True)
@@ -80,15 +79,10 @@ class Parallel(ItemPositionsBackbone):
         shared_vocabulary: bool = False,
     ) -> None:
         super().__init__(config, tokens_NL, codebook_sizes, shared_vocabulary)
-        head_width = check_heads(config)
         self.make_layers()
         self.norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         self.heads = module_list(LevelHead(config.d_model) for _ in range(self.num_levels))
-        self.make_request_features()
-        cos, sin = rotary_tables(config.max_history + 1, head_width, config.rope_theta)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        init_weights(self, self.layers, config.init_std)
+        self.complete(config.max_history + 1)
 
     def loss(self, batch: Batch) -> LossOutput:
         """Predict every item of the sequences in one causal pass (`target_B` is ignored).
@@ -98,7 +92,7 @@ class Parallel(ItemPositionsBackbone):
         """
         batch = batch.last(self.config.max_history + 1)
         reading = Reading.of_sequence(batch)
-        x_BTD = self.read_all(self._embed(reading), reading)
+        x_BTD = self.read_all(reading)
         valid_BH = batch.history_BH >= 0
         if not self.config.predict_first:
             valid_BH[:, :1] = False
@@ -113,7 +107,7 @@ class Parallel(ItemPositionsBackbone):
         """Read the histories once; see `Backbone.begin`."""
         batch = batch.kept(self.config.max_history, self.config.truncation)
         reading = Reading.of_history(batch)
-        x_BD = self.read_last(self._embed(reading), reading)
+        x_BD = self.read_last(reading)
         queries_BLD = self._queries(x_BD)
         requests_B = torch.arange(len(x_BD), device=x_BD.device)
         return self.level_logits(queries_BLD[:, 0], 0), ParallelState(0, queries_BLD, requests_B)
@@ -146,11 +140,3 @@ class Parallel(ItemPositionsBackbone):
         """Return what each level's codes are scored with, (..., D) -> (..., L, D)."""
         x = self.norm(x)
         return torch.stack([head(x) for head in self.heads], dim=-2)
-
-    def _embed(self, reading: Reading) -> Tensor:
-        """Return START and the items' vectors, (B, 1 + H, D)."""
-        items_BH = reading.items_BH
-        start_B1D = self.embedding.weight[START].expand(len(items_BH), 1, -1)
-        x_BTD = torch.cat([start_B1D, self.item_representations(items_BH)], dim=1)
-        x_BTD = self.with_request(x_BTD, reading)
-        return F.dropout(x_BTD, self.config.dropout, self.training)

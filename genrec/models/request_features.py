@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from genrec.item_index import ItemIndex
 from genrec.models.batch import Batch
-from genrec.models.causal import CausalConfig
-from genrec.models.scratch import ScratchBackbone
+from genrec.models.causal import CausalConfig, init_weights
+from genrec.models.layers import rotary_tables
+from genrec.models.scratch import ScratchBackbone, check_heads
 
 UNKNOWN = 0
 NUM_TIME_BUCKETS = 128
@@ -192,19 +193,34 @@ def _some(count: int, share: float, like: Tensor) -> Tensor:
 class RequestFeaturesBackbone(ScratchBackbone):
     """A causal backbone from scratch whose positions may know users and times.
 
-    Leaves call `make_request_features` before they draw their weights.
+    Constructors of leaves make their `layers` and what else they have, then call `complete`.
     """
 
     config: CausalConfig
+    layers: Sequence[nn.Module]
+    cos: Tensor
+    sin: Tensor
     times: TimeFeatures
     users: UserTable
 
-    def make_request_features(self) -> None:
-        """Make the tables that the configuration asks for; none by default."""
-        if self.config.time_features != "none":
-            self.times = TimeFeatures(self.config)
-        if self.config.user_tokens != "none":
-            self.users = UserTable(self.config)
+    def complete(self, num_positions: int) -> None:
+        """Make the tables of times, users and rotary angles, then draw all weights.
+
+        Args:
+            num_positions: rows of the rotary tables `cos` and `sin`: the longest sequence.
+
+        Raises:
+            ConfigError: heads that do not divide the model.
+        """
+        config, head_width = self.config, check_heads(self.config)
+        if config.time_features != "none":
+            self.times = TimeFeatures(config)
+        if config.user_tokens != "none":
+            self.users = UserTable(config)
+        cos, sin = rotary_tables(num_positions, head_width, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        init_weights(self, self.layers, config.init_std)
 
     @property
     def has_request_features(self) -> bool:
