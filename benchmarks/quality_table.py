@@ -25,7 +25,7 @@ from genrec.evaluation.runs import Cell, check_comparable
 from genrec.evaluation.significance import holm, paired_test
 
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
-REFERENCES = ("sasrec-sampled", "markov")
+COUNTING, TRAINED = "markov", "sasrec"  # what others are tested against: a row, a kind of rows
 TESTED = "ndcg@10"
 NUM_SAMPLES = 5000  # of a test: p-values are corrected for some thirty tests
 SEEN = {False: "seen items kept in", True: "seen items left out"}
@@ -91,14 +91,25 @@ def _cell(row: str, pieces: list[Row], place: Path) -> Cell:
 # -- figures ----------------------------------------------------------------------------------
 
 
+def references(cells: Mapping[str, Cell]) -> list[str]:
+    """Return the rows that others are tested against: the best SASRec on validation, and Markov."""
+    trained = [name for name in cells if name.startswith(TRAINED)]
+    best = max(trained, key=lambda name: _validation(cells[name]), default=None)
+    return [name for name in (best, COUNTING) if name is not None and name in cells]
+
+
+def _validation(cell: Cell) -> float:
+    return _mean(piece["validation_ndcg@10"] for piece in cell.results["pieces"])
+
+
 def table(dataset: str, cells: Mapping[str, Cell], masked: bool) -> list[Row]:
-    """Return the rows of one table, each tested against the references that are there.
+    """Return the rows of one table, each tested against `references`.
 
     `p_holm` and `p_permutation_holm` are corrected over all tests of the table.
     """
     rows = [_figures(dataset, cell, masked) for cell in cells.values()]
     tests: list[Any] = []
-    for name in (name for name in REFERENCES if name in cells):
+    for name in references(cells):
         theirs = cells[name].values(TESTED, masked)
         for row in (row for row in rows if row["name"] != name):
             mine = cells[row["name"]].values(TESTED, masked)
@@ -123,7 +134,7 @@ def _figures(dataset: str, cell: Cell, masked: bool) -> Row:
     return row | {
         "seeds": cell.results["seeds"],
         "num_users": summary["num_users"],
-        "validation_ndcg@10": _mean(piece["validation_ndcg@10"] for piece in pieces),
+        "validation_ndcg@10": _validation(cell),
         "seconds": _mean(piece["seconds_fit"] for piece in pieces),
         "seconds_rank": _mean(piece["seconds_rank"][mode] for piece in pieces),
         "command": _command(pieces),
@@ -172,9 +183,10 @@ def write(folder: Path, where: Path, order: Sequence[str]) -> list[Path]:
     ]
     missing = {name: [row for row in order if row not in mine] for name, mine in cells.items()}
     facts = {dataset: _facts(mine) for dataset, mine in cells.items()}
-    found = {"rows": rows, "not_run": missing, "datasets": facts, "references": list(REFERENCES)}
+    against = {dataset: references(mine) for dataset, mine in cells.items()}
+    found = {"rows": rows, "not_run": missing, "datasets": facts, "references": against}
     where.mkdir(parents=True, exist_ok=True)
-    pictures = _draw(rows, where)
+    pictures = _draw(rows, against, where)
     write_json_atomic(where / "quality.json", found)
     shown = {dataset: path.name for dataset, path in pictures.items()}
     write_text_atomic(where / "quality.md", to_markdown(found, shown))
@@ -186,7 +198,9 @@ def _facts(cells: Mapping[str, Cell]) -> Row:
     return {**first["dataset"], "protocol": first["protocol"]}
 
 
-def _draw(rows: Sequence[Row], where: Path) -> dict[str, Path]:
+def _draw(
+    rows: Sequence[Row], against: Mapping[str, Sequence[str]], where: Path
+) -> dict[str, Path]:
     """Draw NDCG@10 with intervals, seen items kept in; {} without matplotlib."""
     if not plots.have_matplotlib():
         return {}
@@ -194,7 +208,7 @@ def _draw(rows: Sequence[Row], where: Path) -> dict[str, Path]:
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         mine = [row for row in rows if row["dataset"] == dataset and not row["masked"]]
         points = [(row["name"], row[TESTED], row[f"{TESTED}_ci"]) for row in mine]
-        lines = {row["name"]: row[TESTED] for row in mine if row["name"] in REFERENCES}
+        lines = {row["name"]: row[TESTED] for row in mine if row["name"] in against[dataset]}
         svg = plots.intervals(points, lines, "NDCG@10, seen items kept in", f"quality-{dataset}")
         alone = f'<svg xmlns="http://www.w3.org/2000/svg" style="{_STYLE}" '
         found[dataset] = where / f"quality-{dataset}.svg"
@@ -219,7 +233,7 @@ def to_markdown(found: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         )
         for masked, seen in SEEN.items():
             rows = [r for r in found["rows"] if (r["dataset"], r["masked"]) == (dataset, masked)]
-            parts += [f"### {dataset}: {seen}", _figure_table(rows, found["references"])]
+            parts += [f"### {dataset}: {seen}", _figure_table(rows, found["references"][dataset])]
         if dataset in pictures:
             parts.append(f"![NDCG@10 with intervals, {dataset}]({pictures[dataset]})")
         mine = [r for r in found["rows"] if r["dataset"] == dataset and not r["masked"]]
@@ -235,7 +249,6 @@ def _protocol(found: Mapping[str, Any]) -> list[str]:
         for key in ("machines", "dates", "commits")
     )
     dirty = " (with changes that were not committed)" if any(r["dirty"] for r in rows) else ""
-    tested = " and ".join(f"`{name}`" for name in found["references"])
     return [
         "Written by `python -m benchmarks.quality table`; the same rows, with everything that is "
         "left out here, are in `quality.json`.",
@@ -247,7 +260,8 @@ def _protocol(found: Mapping[str, Any]) -> list[str]:
         '"Validation" is the same of all validation targets.\n'
         "- **Figures.** Means over seeds; sd is the standard deviation over seeds (n - 1). "
         "Brackets: 95% bootstrap interval over users of the mean over seeds.\n"
-        f"- **Tests.** NDCG@10 against {tested}: difference, and in parentheses p of the paired "
+        f"- **Tests.** NDCG@10 against the SASRec that is best on validation and against "
+        f"`{COUNTING}`: difference, and in parentheses p of the paired "
         f"bootstrap over users ({NUM_SAMPLES:,} resamples), corrected by Holm over all tests of "
         "its table. The sign-flip test stands in `quality.json`. The tests know users, not seeds.\n"
         "- **Seconds.** Wall time of one seed: fitting (for generators vectors, semantic IDs and "
