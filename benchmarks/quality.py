@@ -7,6 +7,7 @@ made of whatever pieces there are (`benchmarks/quality_table.py`).
 
     python -m benchmarks.quality row ROW --data DATASET --seed 1 --out FOLDER
     python -m benchmarks.quality table --out FOLDER --write docs/results
+    python -m benchmarks.quality many --rows genrec,tiger --seeds 1,2,3 --data DATASET --minutes 9
 
 Shapes: U users, N items.
 """
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks import common, quality_table
+from benchmarks import common, quality_many, quality_table
 from benchmarks.quality_rows import BASELINES, SOURCES, Order, row_names
 from benchmarks.quality_table import METRICS
 from genrec import runtime
@@ -253,9 +254,18 @@ def _parser() -> argparse.ArgumentParser:
     row.add_argument("--device", help="cpu, cuda, ...; default the best at hand")
     row.add_argument("--threads", type=int, help="CPU threads")
     row.add_argument("--again", action="store_true", help="replace a finished piece")
+    many = commands.add_parser("many", help="make pieces side by side until time is up")
+    many.add_argument("--rows", required=True, help="names, comma-separated")
+    many.add_argument("--seeds", default="1", help="comma-separated")
+    many.add_argument("--data", type=Path, action="append", required=True, help="repeatable")
+    many.add_argument("--minutes", type=float, required=True)
+    many.add_argument("--processes", type=int, default=1)
+    many.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="stage cache of runs")
+    many.add_argument("--device", help="cpu, cuda, ...; default the best at hand")
+    many.add_argument("--threads", type=int, default=1, help="CPU threads of each")
     table = commands.add_parser("table", help="make the table of all pieces")
     table.add_argument("--write", type=Path, default=Path("docs/results"), help="folder")
-    for command in (row, table):
+    for command in (row, many, table):
         command.add_argument("--out", type=Path, required=True, help="folder of the pieces")
     return parser
 
@@ -267,6 +277,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.command == "table":
         for path in quality_table.write(arguments.out, arguments.write, row_names()):
             print(path)
+        return
+    if arguments.command == "many":
+        _many(arguments)
         return
     if arguments.threads:
         import torch
@@ -285,6 +298,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = json.loads(path.read_text(encoding="utf-8"))
     keys = ("metrics", "validation_ndcg@10", "seconds_fit", "seconds_rank")
     print(path, json.dumps({key: told[key] for key in keys}, indent=2))
+
+
+def _many(arguments: argparse.Namespace) -> None:
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    wanted = quality_many.pieces(arguments.rows.split(","), arguments.data, seeds)
+    options = ["--out", str(arguments.out), "--cache", str(arguments.cache)]
+    options += ["--threads", str(arguments.threads)]
+    options += ["--device", arguments.device] if arguments.device else []
+    limits = {"minutes": arguments.minutes, "processes": arguments.processes}
+    for (row, folder, seed), what in quality_many.make(wanted, options, **limits):
+        print(f"{row}, {folder.name}, seed {seed}: {what}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from benchmarks import quality, quality_rows, quality_table
+from benchmarks import quality, quality_many, quality_rows, quality_table
 from benchmarks.quality_rows import Order
 from genrec.data import Dataset
 from genrec.data.synthetic import ring
@@ -180,6 +180,37 @@ def test_others_are_tested_against_the_sasrec_that_validates_best() -> None:
     }
     assert quality_table.references(cells) == ["sasrec-bce", "markov"]
     assert quality_table.references({"genrec": cell(0.8)}) == []
+
+
+def test_many_pieces_are_made_until_time_is_up(folder: Path, tmp_path: Path) -> None:
+    data, out = [folder], ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    wanted = quality_many.pieces(["markov", "sasrec-bce"], data, [1, 2])
+    assert [(row, seed) for row, _, seed in wanted] == [
+        ("markov", 0),
+        ("sasrec-bce", 1),
+        ("sasrec-bce", 2),
+    ]
+    found = quality_many.make(wanted[:1], out, minutes=5, processes=2)
+    assert [what for _, what in found] == ["done"]
+    assert list((tmp_path / "out").rglob("markov-0.json"))
+    broken = quality_many.make([("markov", tmp_path / "none", 0)], out, minutes=5, processes=1)
+    assert broken[0][1] == "failed"
+    late = quality_many.make(wanted, out, minutes=0, processes=1)
+    assert {what for _, what in late} == {"not begun"}
+    with pytest.raises(UserError, match="--rows: got 'markof'"):
+        quality_many.pieces(["markof"], data, [1])
+
+
+def test_a_piece_that_takes_too_long_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun = tmp_path / "python"
+    begun.write_text("#!/bin/sh\nexec sleep 60\n")
+    begun.chmod(0o755)
+    monkeypatch.setattr(quality_many.sys, "executable", str(begun))
+    monkeypatch.setattr(quality_many, "GRACE_S", 0.5)
+    found = quality_many.make([("markov", tmp_path, 0)], [], minutes=1.0 / 60, processes=1)
+    assert [what for _, what in found] == ["stopped"]
 
 
 def test_seeds_of_a_row_must_agree(
