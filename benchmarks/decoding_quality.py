@@ -54,7 +54,7 @@ class Case:
     def metrics(self, lists: RankedLists, k: int = 10) -> dict[str, np.ndarray]:
         """Return recall and NDCG of the target, per user."""
         hit = lists.rows == self.targets[:, None]
-        rank = np.where(hit.any(1), hit.argmax(1) + 1.0, np.inf)
+        rank = np.where(hit.any(1), hit.argmax(1), -1)
         return {f"recall@{k}": recall_at(rank, k), f"ndcg@{k}": ndcg_at(rank, k)}
 
 

@@ -16,7 +16,6 @@ from genrec.data import Dataset
 from genrec.data.synthetic import ring
 from genrec.errors import ConfigError, MismatchError, UserError
 from genrec.evaluation.evaluator import evaluate_scores
-from genrec.evaluation.runs import Cell
 from genrec.models.baselines import Markov, make_baselines
 
 SASREC = {"name": "sasrec", "d_model": 8, "num_layers": 1, "epochs": 2, "batch_targets": 256}
@@ -156,6 +155,7 @@ def test_the_table_adds_pieces_up(tiny: None, folder: Path, tmp_path: Path) -> N
         low, high = sasrec[f"{metric}_ci"]
         assert sasrec[metric] == pytest.approx(mean) and low <= mean <= high
     assert "vs_markov" not in markov and "vs_sasrec-sampled" not in sasrec
+    assert found["references"] == {"rings": ["markov", "sasrec-sampled"]}
     test = genrec["vs_markov"]
     assert test["difference"] == pytest.approx(genrec["ndcg@10"] - markov["ndcg@10"])
     assert test["p_holm"] >= test["p"] and test["p_permutation_holm"] >= test["p_permutation"]
@@ -165,21 +165,6 @@ def test_the_table_adds_pieces_up(tiny: None, folder: Path, tmp_path: Path) -> N
     assert "### rings: seen items kept in" in text and "- tiger: not run." in text
     assert "--seed {1,2} --out FOLDER`" in text and str(tmp_path) not in text
     assert (tmp_path / "docs" / "quality-rings.svg").read_text().startswith("<svg xmlns=")
-
-
-def test_others_are_tested_against_the_sasrec_that_validates_best() -> None:
-    def cell(*values: float) -> Cell:
-        pieces = [{"validation_ndcg@10": value} for value in values]
-        return Cell("x", {}, {"pieces": pieces}, pl.DataFrame(), "x")
-
-    cells = {
-        "markov": cell(0.9),
-        "sasrec-bce": cell(0.3, 0.5),
-        "sasrec-sampled": cell(0.4, 0.3),
-        "genrec": cell(0.8),
-    }
-    assert quality_table.references(cells) == ["sasrec-bce", "markov"]
-    assert quality_table.references({"genrec": cell(0.8)}) == []
 
 
 def test_many_pieces_are_made_until_time_is_up(folder: Path, tmp_path: Path) -> None:

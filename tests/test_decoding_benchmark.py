@@ -6,9 +6,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.decoding_quality import Case
+from genrec.inference import RankedLists
 
 
 def run(root, tmp_path, name):
@@ -87,3 +91,17 @@ def test_matrix_products_are_counted_and_repeated():
     assert flops == 2 * 3 * 4 * 5 + attention
     replay()
     assert calls == [1]  # only the products are repeated
+
+
+def test_a_target_in_the_first_place_is_a_whole_hit():
+    """The first place has discount 1, the tenth still counts, the eleventh does not."""
+    case = Case.__new__(Case)
+    case.targets = np.array([7, 7, 7, 7])
+    rows = np.tile(np.arange(100, 112), (4, 1))
+    for user, place in enumerate((0, 9, 10)):
+        rows[user, place] = 7
+    unproven, all_items = np.zeros(4, dtype=bool), np.full(4, 200)
+    lists = RankedLists(rows, np.zeros((4, 12)), unproven, all_items)
+    found = case.metrics(lists)
+    assert found["recall@10"].tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert found["ndcg@10"] == pytest.approx([1.0, 1 / np.log2(11), 0.0, 0.0])
