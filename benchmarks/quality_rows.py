@@ -78,12 +78,6 @@ GENERATORS: dict[str, dict[str, Any]] = {
 }
 """Row -> what differs from configs/genrec.yaml: dotted key -> value."""
 
-BY_DATASET: dict[str, dict[str, dict[str, Any]]] = {
-    # The rule for sizes: from 150,000 training interactions on 2,048 targets a batch, else 1,024.
-    "movielens-100k": {"genrec": {"trainer.batch_targets": 1024}},
-}
-"""Data set -> row -> settings laid over the row's own, where one data set wants its own."""
-
 _EVALUATION = {"evaluation.ks": list(DEFAULT_KS), "evaluation.masked": [False, True]}
 
 
@@ -116,9 +110,8 @@ class Order:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Settings of the row on its data set."""
-        own = {**BASELINES, **GENERATORS}[self.row]
-        return {**own, **BY_DATASET.get(self.name, {}).get(self.row, {})}
+        """Settings of the row."""
+        return {**BASELINES, **GENERATORS}[self.row]
 
     @property
     def settings(self) -> dict[str, Any]:

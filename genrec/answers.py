@@ -54,108 +54,86 @@ class Recommendations:
         return len(self.item_ids)
 
 
-def best(
-    index: ItemIndex, lists: RankedLists, probabilities: np.ndarray, k: int
-) -> Recommendations:
-    """Return the first k of each list.
+@dataclass(frozen=True)
+class WideLists:
+    """What a search found for B requests, to answer from.
 
     Args:
         index: names the rows.
         lists: (B, W), best first.
         probabilities: (B, W) float64, calibrated.
-        k: list length; shorter lists are padded.
     """
-    certified = lists.top(k).certified
-    return _named(index, lists.rows, lists.scores, probabilities, certified, k)
 
+    index: ItemIndex
+    lists: RankedLists
+    probabilities: np.ndarray
 
-def selected(
-    index: ItemIndex,
-    lists: RankedLists,
-    probabilities: np.ndarray,
-    k: int,
-    rules: Sequence[ListRule],
-) -> Recommendations:
-    """Choose each list from the wide one; what is left out is cut or padded at the end.
+    def best(self, k: int) -> Recommendations:
+        """Return the first k of each list; shorter lists are padded."""
+        lists = self.lists
+        certified = lists.top(k).certified
+        return self._named(lists.rows, lists.scores, self.probabilities, certified, k)
 
-    Args:
-        index: as for `best`.
-        lists: as for `best`.
-        probabilities: as for `best`.
-        k: as for `best`.
-        rules: what each list has to keep.
-    """
-    found = [
-        select(rows, scores, k, rules, certified=bool(certain))
-        for rows, scores, certain in zip(lists.rows, lists.scores, lists.certified, strict=True)
-    ]
-    places = np.full((len(found), k), -1)
-    for i, selection in enumerate(found):
-        places[i, : len(selection.places)] = selection.places
-    certified = np.array([selection.proven for selection in found], dtype=bool)
-    costs = np.array([selection.cost for selection in found], dtype=np.float64)
-    return _chosen(index, lists, probabilities, places, certified, costs)
+    def selected(self, k: int, rules: Sequence[ListRule]) -> Recommendations:
+        """Choose lists of k that keep the rules; what is left out is padded at the end."""
+        lists = self.lists
+        found = [
+            select(rows, scores, k, rules, certified=bool(certain))
+            for rows, scores, certain in zip(lists.rows, lists.scores, lists.certified, strict=True)
+        ]
+        places = np.full((len(found), k), -1)
+        for i, selection in enumerate(found):
+            places[i, : len(selection.places)] = selection.places
+        certified = np.array([selection.proven for selection in found], dtype=bool)
+        costs = np.array([selection.cost for selection in found], dtype=np.float64)
+        return self._chosen(places, certified, costs)
 
+    def reranked(
+        self, k: int, reranker: Reranker, histories: Sequence[np.ndarray]
+    ) -> Recommendations:
+        """Let a re-ranker choose k; a list is certified where it holds the certified top k.
 
-def reranked(
-    index: ItemIndex,
-    lists: RankedLists,
-    probabilities: np.ndarray,
-    k: int,
-    rerank: Reranker,
-    histories: Sequence[np.ndarray],
-) -> Recommendations:
-    """Let a re-ranker choose; a list is certified where it holds the certified top k.
+        Args:
+            k: list length.
+            reranker: chooses.
+            histories: B arrays of item rows, oldest first.
+        """
+        lists = self.lists
+        candidates = Candidates(lists.rows, lists.scores, self.probabilities, histories)
+        found = reranker.rerank(candidates, k)
+        kept = (found.places_Uk < k).all(axis=1)
+        certified = lists.top(k).certified & kept
+        return self._chosen(found.places_Uk, certified, found.costs_U)
 
-    Args:
-        index: as for `best`.
-        lists: as for `best`.
-        probabilities: as for `best`.
-        k: as for `best`.
-        rerank: chooses.
-        histories: B arrays of item rows, oldest first.
-    """
-    found = rerank.rerank(Candidates(lists.rows, lists.scores, probabilities, histories), k)
-    kept = (found.places_Uk < k).all(axis=1)
-    certified = lists.top(k).certified & kept
-    return _chosen(index, lists, probabilities, found.places_Uk, certified, found.costs_U)
+    def _chosen(
+        self, places: np.ndarray, certified: np.ndarray, costs: np.ndarray
+    ) -> Recommendations:
+        """Return the items at these places of the wide lists, (B, k), -1 = padding."""
 
+        def chosen(values: np.ndarray, fill: float) -> np.ndarray:
+            padded = np.pad(values, ((0, 0), (0, 1)), constant_values=fill)
+            return np.take_along_axis(padded, places, axis=1)
 
-def _chosen(
-    index: ItemIndex,
-    lists: RankedLists,
-    probabilities: np.ndarray,
-    places: np.ndarray,
-    certified: np.ndarray,
-    costs: np.ndarray,
-) -> Recommendations:
-    """Return the items at these places of the wide lists, (B, k), -1 = padding."""
+        rows, scores = chosen(self.lists.rows, -1), chosen(self.lists.scores, -np.inf)
+        probabilities = chosen(self.probabilities, 0.0)
+        answer = self._named(rows, scores, probabilities, certified, places.shape[1])
+        return replace(answer, rule_costs=costs)
 
-    def chosen(values: np.ndarray, fill: float) -> np.ndarray:
-        padded = np.pad(values, ((0, 0), (0, 1)), constant_values=fill)
-        return np.take_along_axis(padded, places, axis=1)
-
-    rows, scores = chosen(lists.rows, -1), chosen(lists.scores, -np.inf)
-    probabilities = chosen(probabilities, 0.0)
-    answer = _named(index, rows, scores, probabilities, certified, places.shape[1])
-    return replace(answer, rule_costs=costs)
-
-
-def _named(
-    index: ItemIndex,
-    rows: np.ndarray,
-    scores: np.ndarray,
-    probabilities: np.ndarray,
-    certified: np.ndarray,
-    k: int,
-) -> Recommendations:
-    """Return the first k columns under the items' ids, padded where there are fewer."""
-    ids = np.array([*index.item_ids, None], dtype=object)
-    shape = (len(rows), k)
-    item_ids = np.full(shape, None, dtype=object)
-    all_scores, all_probabilities = np.full(shape, -np.inf), np.zeros(shape)
-    got = min(k, rows.shape[1])
-    item_ids[:, :got] = ids[rows[:, :got]]
-    all_scores[:, :got] = scores[:, :got]
-    all_probabilities[:, :got] = probabilities[:, :got]
-    return Recommendations(item_ids, all_scores, all_probabilities, certified)
+    def _named(
+        self,
+        rows: np.ndarray,
+        scores: np.ndarray,
+        probabilities: np.ndarray,
+        certified: np.ndarray,
+        k: int,
+    ) -> Recommendations:
+        """Return the first k columns under the items' ids, padded where there are fewer."""
+        ids = np.array([*self.index.item_ids, None], dtype=object)
+        shape = (len(rows), k)
+        item_ids = np.full(shape, None, dtype=object)
+        all_scores, all_probabilities = np.full(shape, -np.inf), np.zeros(shape)
+        got = min(k, rows.shape[1])
+        item_ids[:, :got] = ids[rows[:, :got]]
+        all_scores[:, :got] = scores[:, :got]
+        all_probabilities[:, :got] = probabilities[:, :got]
+        return Recommendations(item_ids, all_scores, all_probabilities, certified)

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from genrec import answers, request_rows, runtime
-from genrec.answers import Recommendations
+from genrec import request_rows, runtime
+from genrec.answers import Recommendations, WideLists
 from genrec.bundle import Bundle, load_bundle, mode_name
 from genrec.calibration.base import ListContext
 from genrec.calibration.lists.base import Reranker
@@ -178,12 +178,13 @@ class Recommender:
             context=context,
         )
         probabilities = self._probabilities(lists, rows, context, allowed, rule, exclude_seen)
+        wide = WideLists(self.index, lists, probabilities)
         if list_rules:
-            answer = answers.selected(self.index, lists, probabilities, k, list_rules)
+            answer = wide.selected(k, list_rules)
         elif rerank is not None:
-            answer = answers.reranked(self.index, lists, probabilities, k, rerank, rows)
+            answer = wide.reranked(k, rerank, rows)
         else:
-            answer = answers.best(self.index, lists, probabilities, k)
+            answer = wide.best(k)
         strength = preference_strength(probabilities, lists.num_rest)
         return replace(answer, preference_strength=strength)
 

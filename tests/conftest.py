@@ -13,6 +13,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -31,6 +32,12 @@ def plain_logging() -> Iterator[None]:
     _restore_logging()  # fixtures of a module run before this one
     yield
     _restore_logging()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Undo what `--threads` of an earlier test did to the process."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

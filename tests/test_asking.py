@@ -39,14 +39,6 @@ CONSTRAINT = CSRIndex.from_index(INDEX)
 HISTORIES = [np.array([3, 1, 4]), np.array([15]), np.array([], np.int64), np.array([9, 2, 6, 5, 3])]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=["llama", "gpt2", "t5"])
 def asker(request, tmp_path_factory) -> Asker:
     folder = tmp_path_factory.mktemp("bases") / request.param

@@ -77,12 +77,6 @@ def test_rows_differ_from_the_default_as_they_are_named() -> None:
     assert model("tiger")["name"] == "encoder_decoder"
 
 
-def test_a_data_set_may_want_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(quality_rows.BY_DATASET, "rings", {"ease": {"regularization": 7.0}})
-    assert Order("ease", 0, {"dataset": "r"}, "rings").settings["regularization"] == 7.0
-    assert "regularization" not in Order("ease", 0, {"dataset": "r"}, "other").settings
-
-
 def test_mistakes_in_an_order_are_named() -> None:
     with pytest.raises(UserError, match=r"row: got 'markow', expected one of most_popular"):
         Order("markow", 0, {}, "")

@@ -34,14 +34,6 @@ from genrec.testing.models import (
 SMALL = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def index() -> ItemIndex:
     codes = small_codes()

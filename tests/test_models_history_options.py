@@ -52,14 +52,6 @@ TIMED = {
 ALL_ON = {"time_features": "gap_recency", "user_tokens": "hashed", "num_user_buckets": 50}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make(cls: Any, **options: Any) -> Any:
     """A backbone in evaluation mode, its weights spread so that tests bite."""
     torch.manual_seed(0)
@@ -352,6 +344,12 @@ def test_training_batches_say_when_and_who(unit: Any, truncation: Any) -> None:
             assert places == kept.tolist()
             assert batch.now_B[row] == events.timestamps[stop - 1]
             assert batch.target_B[row] == events.item_rows[stop - 1]
+
+
+def test_no_examples_have_no_histories_and_no_times() -> None:
+    nobody = interactions().examples("valid").select(np.empty(0, np.int64))
+    assert nobody.histories() == [] and nobody.history_times() == []
+    assert len(nobody.select(np.empty(0, np.int64))) == 0
 
 
 def test_examples_of_a_data_set_carry_what_a_model_reads() -> None:

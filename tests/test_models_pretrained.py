@@ -39,14 +39,6 @@ CAUSAL = ("llama", "gpt2", "qwen3", "gemma2")
 SEQ2SEQ = ("t5", "bart")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory):
     """A function that gives the folder of a tiny model of a family, made once."""

@@ -282,7 +282,7 @@ def test_batch_targets_says_how_many_targets_a_batch_holds_on_average() -> None:
     for unit, most in (("sequence", 4), ("target", 4)):
         examples = TrainingExamples(training, unit, most)  # type: ignore[arg-type]
         assert examples.batch_size(Trainer.Config(batch_size=7), 0) == 7
-        config = Trainer.Config(batch_size=7, batch_targets=60)
+        config = Trainer.Config(batch_size=7, batch_targets=60, min_steps=0)
         size = examples.batch_size(config, 0)
         spans, batches = examples.plan(size, 0, 0)
         length = spans.stop - spans.start if unit == "sequence" else np.ones(len(spans))
@@ -291,6 +291,22 @@ def test_batch_targets_says_how_many_targets_a_batch_holds_on_average() -> None:
         assert max(len(batch) for batch in batches) == size
     few = TrainingExamples(training, "sequence", 4).batch_size(Trainer.Config(batch_targets=1), 0)
     assert few == 1
+
+
+@pytest.mark.parametrize("unit", ["sequence", "target"])
+def test_batch_targets_are_halved_until_all_epochs_hold_enough_steps(unit: str) -> None:
+    training = DATASET.interactions.training()
+    examples = TrainingExamples(training, unit, 4)  # type: ignore[arg-type]
+
+    def size(**options: int) -> int:
+        return examples.batch_size(Trainer.Config(batch_targets=64, **options), 0)
+
+    steps = len(training) * 10 // 64  # of ten epochs
+    assert size(epochs=10, min_steps=steps) == size(epochs=10, min_steps=0)
+    halved = Trainer.Config(batch_targets=32, min_steps=0)
+    assert size(epochs=10, min_steps=steps + 1) == examples.batch_size(halved, 0)
+    assert size(epochs=20, min_steps=steps + 1) == size(min_steps=0)
+    assert size(epochs=1, min_steps=10**9) == 1  # a target a step is the least
 
 
 def test_batches_hold_what_their_spans_say() -> None:

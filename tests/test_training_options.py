@@ -44,14 +44,6 @@ BARE = Catalog(DATASET.catalog.table)
 ALL = {"user_text": 0.5, "item_text": 0.25, "reconstruction": 1.0, "num_negatives": 5}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_model(cls: type[Backbone] = DecoderOnly, seed: int = 0, **options: Any) -> Backbone:
     torch.manual_seed(seed)
     return cls.from_index(cls.Config(**{**SMALL, "dropout": 0.0, **options}), INDEX)
@@ -374,6 +366,21 @@ def test_objectives_are_learned_and_without_them_nothing_changes(tmp_path: Path)
         assert curve[-1][f"train/{name}"] < curve[0][f"train/{name}"]
     assert not equal(plain, model)
     assert model_arrays(model).keys() == model_arrays(plain).keys()  # heads are thrown away
+
+
+def test_objectives_read_only_what_was_made_without_interactions(tmp_path: Path) -> None:
+    objectives = ObjectivesConfig(**ALL)
+    texts = DATASET.catalog.with_vectors(VECTORS[:, :4])
+    fused = DATASET.catalog.with_vectors(VECTORS, content_columns=range(4))
+    one, other = make_model(), make_model()
+    fit(tmp_path / "texts", one, catalog=texts, objectives=objectives)
+    fit(tmp_path / "fused", other, catalog=fused, objectives=objectives)
+    assert equal(one, other)
+    config = Trainer.Config(objectives=objectives)
+    assert config.reads(texts) == config.reads(fused) != config.reads(CATALOG)
+    none = DATASET.catalog.with_vectors(VECTORS, content_columns=())
+    with pytest.raises(ConfigError, match=r"got no item vectors made without interactions"):
+        fit(tmp_path / "none", make_model(), catalog=none, objectives=objectives)
 
 
 def test_objectives_without_what_they_need_are_refused(tmp_path: Path) -> None:

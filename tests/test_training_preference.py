@@ -46,14 +46,6 @@ SECTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_model(name: str = "decoder_only", seed: int = 0, **options: Any) -> Backbone:
     section = {"name": name, **SIZES, **SECTIONS[name], "dropout": 0.1, **options}
     model = build_model(section, INDEX, seed=seed)

@@ -31,14 +31,6 @@ MODES = ("full", "lora", "prompt", "prefix", "embeddings_only", "frozen")
 SEQUENCES = [(3, 1, 4, 1, 5), (9, 2, 6), (5, 3, 5, 8), (7,)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("bases")

@@ -54,7 +54,9 @@ class Examples:
 
     def history_times(self) -> list[np.ndarray] | None:
         """Return the seconds of the items of all histories."""
-        return None if self.times is None else np.split(self.times, self.offsets[1:-1])
+        if self.times is None:
+            return None
+        return np.split(self.times, self.offsets[1:-1])[: len(self)]  # of nothing it makes one
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -57,9 +57,9 @@ class Trainer:
 
         def reads(self, catalog: Catalog) -> dict[str, str]:
             """Return a digest of the item vectors where an objective reads them."""
-            if not self.objectives.active or catalog.vectors is None:
+            if not self.objectives.active or catalog.content_vectors is None:
                 return {}
-            return {"objective_vectors": fingerprint(catalog.vectors)}
+            return {"objective_vectors": fingerprint(catalog.content_vectors)}
 
     figures: tuple[str, ...] = ()
     """Names of `LossOutput.figures`, whose means are reported with the loss."""
@@ -91,8 +91,8 @@ class Trainer:
             catalog: of the index, with vectors where there are any.
         """
         model.start_from(catalog)
-        if catalog.vectors is not None:
-            self._vectors_NE = torch.from_numpy(np.asarray(catalog.vectors, np.float32))
+        if catalog.content_vectors is not None:
+            self._vectors_NE = torch.from_numpy(np.asarray(catalog.content_vectors, np.float32))
 
     def weights(self, training: Interactions) -> np.ndarray | None:
         """Return how much each training interaction counts as a target; None: all alike."""

@@ -126,12 +126,14 @@ class TrainingExamples:
         """Return the examples of a step; from `batch_targets` by the targets of the first epoch."""
         if config.batch_targets is None:
             return config.batch_size
-        if self.unit == "target":
-            return config.batch_targets
         spans = self.spans(seed, 0)
         if not len(spans):
             return 1
-        return max(1, round(config.batch_targets / float((spans.stop - spans.start).mean())))
+        length = spans.stop - spans.start if self.unit == "sequence" else np.ones(len(spans))
+        targets = config.batch_targets
+        while targets > 1 and length.sum() * config.epochs < config.min_steps * targets:
+            targets //= 2
+        return max(1, round(targets / float(length.mean())))
 
     def plan(self, batch_size: int, seed: int, epoch: int) -> tuple[Spans, list[np.ndarray]]:
         """Return the epoch's spans and its batches (arrays of positions in the spans)."""

@@ -24,6 +24,9 @@ class LoopConfig(StrictConfig):
     batch_targets: int | None = Field(default=None, ge=1)
     """Instead of `batch_size`: as many examples as hold so many targets on average, which suits
     data sets of long and of short histories alike."""
+    min_steps: int = Field(default=1750, ge=0)
+    """With `batch_targets`: halve it until all epochs hold so many optimizer steps, so that small
+    data sets are not left untrained. 0: never."""
     accumulation: int = Field(default=1, ge=1)
     """Parts that a batch is computed in, one after the other, to save memory."""
     learning_rate: float = Field(default=1e-3, gt=0)

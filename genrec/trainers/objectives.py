@@ -22,7 +22,8 @@ NAMES = ("user_text", "item_text", "reconstruction")
 
 
 class ObjectivesConfig(StrictConfig):
-    """Weights of what is learned beside the next item; all need item vectors."""
+    """Weights of what is learned beside the next item; all need item vectors, of which they read
+    those made without interactions."""
 
     user_text: float = Field(default=0.0, ge=0)
     """Contrast of the state after a history with the text of what came next (CALRec's L_UT, Li et
@@ -87,7 +88,9 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         if vectors_NE is None or len(vectors_NE) != len(model.tokens_NL):
-            got = "no item vectors" if vectors_NE is None else f"{len(vectors_NE)} item vectors"
+            got = "no item vectors made without interactions"
+            if vectors_NE is not None:
+                got = f"{len(vectors_NE)} item vectors"
             raise ConfigError(
                 f"trainer.objectives: got {got} for {len(model.tokens_NL)} items, expected one "
                 "vector per item. Choose features and a tokenizer that reads them, or leave "
