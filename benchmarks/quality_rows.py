@@ -63,6 +63,27 @@ _ENCODER_DECODER = {
         "patience": 10,
     },
 }
+# The same ways at a size and for as long as half an hour of a CPU core allows on Amazon Beauty.
+_SMALL = {
+    **_ENCODER_DECODER,
+    "model": {
+        "name": "encoder_decoder",
+        "d_model": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "d_kv": 16,
+        "d_ff": 256,
+    },
+    "trainer": {
+        "name": "next_item",
+        "epochs": 12,
+        "batch_size": 256,
+        "learning_rate": 2e-3,
+        "validate_every": 2,
+        "validation_users": 1000,
+        "patience": 4,
+    },
+}
 GENERATORS: dict[str, dict[str, Any]] = {
     "genrec": {},
     "genrec-no-content": {"model.content": False},
@@ -74,6 +95,41 @@ GENERATORS: dict[str, dict[str, Any]] = {
         **_ENCODER_DECODER,
         "tokenizer": {"name": "letter"},
         "trainer.learning_rate": 5e-4,
+    },
+    "tiger-small": {**_SMALL, "tokenizer": {"name": "rqvae"}},
+    "letter-small": {**_SMALL, "tokenizer": {"name": "letter"}},
+    # The default generator's codes and training; nothing but the backbone differs.
+    "decoder-only": {
+        "model": {
+            "name": "decoder_only",
+            "max_history": 50,
+            "d_model": 128,
+            "num_layers": 2,
+            "num_heads": 2,
+            "d_ff": 256,
+            "dropout": 0.3,
+        },
+    },
+    # One pass over the data, which is what an hour of a CPU core allows on MovieLens-100K.
+    "smollm2-lora": {
+        **_TEXT_CODES,
+        "model": {
+            "name": "pretrained_causal",
+            "source": "asset:smollm2",
+            "max_history": 20,
+            "prefix": "Items that a user took, oldest first:",
+            "init": "mean",
+            "tuning": {"mode": "lora", "rank": 8, "alpha": 16},
+        },
+        "trainer": {
+            "name": "next_item",
+            "epochs": 1,
+            "batch_size": 32,
+            "accumulation": 4,
+            "learning_rate": 1e-3,
+            "validation_users": 100,
+        },
+        "decoding.width": 10,
     },
 }
 """Row -> what differs from configs/genrec.yaml: dotted key -> value."""
