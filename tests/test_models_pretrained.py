@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from genrec import assets
+from genrec.bundle import load_model, save_model
 from genrec.data import Catalog
 from genrec.errors import AssetError, ConfigError, UserError
 from genrec.item_index import ItemIndex
@@ -20,6 +21,7 @@ from genrec.models.language_models import (
     load_language_model,
     load_text_tokenizer,
     source_fingerprint,
+    weights_fingerprint,
 )
 from genrec.models.pretrained_causal import PretrainedCausal
 from genrec.models.pretrained_seq2seq import PretrainedSeq2Seq
@@ -295,6 +297,36 @@ def test_quantization_without_its_library_is_refused(family_folder, monkeypatch)
         make(family_folder("llama"), quantization="bnb-int8")
 
 
+@pytest.mark.parametrize("kind", ["bnb-int8", "bnb-nf4", "torchao-int8"])
+@pytest.mark.parametrize("mode", ["lora", "prefix"])
+def test_quantized_bases_train_search_save_and_load(kind, mode, family_folder, tmp_path):
+    pytest.importorskip("torchao" if kind.startswith("torchao") else "bitsandbytes")
+    options = {"tuning": {"mode": mode}, "prefix": "Items:"}
+    plain = make(family_folder("llama"), **options)
+    model = make(family_folder("llama"), quantization=kind, **options)
+    batch = pad_histories([(3, 1, 4), (2,)], MAX_HISTORY)
+    before = weights_fingerprint(model.base)
+    first = model.begin(batch)[0]
+    assert not torch.equal(first, plain.begin(batch)[0])  # it is quantized
+    assert torch.corrcoef(torch.stack([first, plain.begin(batch)[0]]).flatten(1))[0, 1] > 0.8
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model.train().loss(batch).loss
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert weights_fingerprint(model.base) == before
+    save_model(tmp_path / "model", model.eval(), INDEX)
+    again = load_model(tmp_path / "model", INDEX).eval()
+    assert torch.equal(again.begin(batch)[0], model.begin(batch)[0])
+    if mode == "lora":
+        with pytest.raises(UserError, match="expected a plain"):
+            again.merged()
+
+
 def test_no_token_to_predict_the_first_item_from_is_refused(family_folder):
     with pytest.raises(ConfigError, match=r"model\.prefix: got no text"):
         make(family_folder("gpt2"), prefix="")
@@ -358,24 +390,46 @@ def test_bfloat16_bases_train_and_search(family_folder):
 SMOLLM2 = assets.find("smollm2") if "smollm2" in assets.ASSETS else None
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(SMOLLM2 is None, reason="run `genrec assets fetch smollm2` first")
-def test_smollm2_learns_and_saves(tmp_path):
+@pytest.fixture
+def smollm2():
+    """A function that gives SmolLM2-135M with its real weights, in a tuning mode."""
+    if SMOLLM2 is None:
+        pytest.skip("run `genrec assets fetch smollm2` first")
     if not list((assets.assets_dir() / "converted").glob("*")):
         pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
-    model = make("asset:smollm2", tuning={"mode": "lora"})
+
+    def in_mode(mode: str) -> PretrainedCausal:
+        return make("asset:smollm2", prefix="Items:", init_noise=0.1, tuning={"mode": mode})
+
+    return in_mode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "prompt", "prefix", "embeddings_only"])
+def test_smollm2_learns_without_changing_its_weights_and_loads(mode, smollm2, tmp_path):
+    model = smollm2(mode)
+    before = weights_fingerprint(model.base)
     batch = pad_histories([(3, 1, 4, 1, 5), (9, 2, 6)], MAX_HISTORY)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
-    for _ in range(3):
+    for _ in range(4):
         output = model.train().loss(batch)
         losses.append(float(output.loss.detach()))
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
+    print(f"{mode}: {[round(loss, 2) for loss in losses]} nats an item")
     assert losses[-1] < losses[0]
-    plain = model.eval().to_hugging_face()
-    plain.save_pretrained(tmp_path)
+    assert weights_fingerprint(model.base) == before
+    save_model(tmp_path / "model", model.eval(), INDEX)
+    loaded = load_model(tmp_path / "model", INDEX).eval()
+    assert torch.equal(loaded.begin(batch)[0], model.begin(batch)[0])
+
+
+@pytest.mark.slow
+def test_smollm2_leaves_as_a_plain_model_of_the_library(smollm2, tmp_path):
+    model = smollm2("lora")
+    model.to_hugging_face().save_pretrained(tmp_path)
     logits_BK, _ = model.begin(pad_histories([(3, 1)], MAX_HISTORY))
     again = load_language_model(str(tmp_path), "causal")
     tokens_BT, _ = model.framed(torch.tensor([[3, 1]]), after=False)

@@ -169,9 +169,18 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     parts: list[Any] = []
     for name, weight in model.named_parameters():
         if "lora_" not in name:
-            values = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-            parts += [[name.replace(".base_layer.", "."), str(weight.dtype)], values]
+            parts.append([name.replace(".base_layer.", "."), str(weight.dtype)])
+            for part in _stored(weight.detach()):
+                parts.append(part.cpu().contiguous().view(torch.uint8).numpy())
     return artifacts.fingerprint(*parts)
+
+
+def _stored(weight: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that a weight consists of: torchao's hold numbers and scales apart."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    names, _ = weight.__tensor_flatten__()
+    return [part for name in names for part in _stored(getattr(weight, name))]
 
 
 def source_fingerprint(source: str) -> str | None:
