@@ -308,6 +308,34 @@ def test_items_that_training_does_not_know_have_no_vector_of_their_own(tmp_path)
     assert torch.equal(load_model(tmp_path / "m", CODES).item_vectors(rows), found)
 
 
+@pytest.mark.parametrize("consumed_only", [True, False])
+def test_items_that_nobody_consumed_are_no_negatives_where_asked(consumed_only, tmp_path):
+    model = backbone(CODES, items_from=1, content=True, consumed_only=consumed_only, dropout=0.0)
+    model.start_from(Catalog.from_vectors(vectors_of(len(CODES)), CODES.item_ids))
+    model.meet_items(np.arange(len(CODES)) != 2)
+    batch = training_batch(model, [(3, 1, 4, 1), (5, 9)])
+    assert CODES.codes[2, 0] in CODES.codes[[1, 4, 9, 3, 5], 0]  # it would be a negative
+
+    def losses() -> tuple[float, float]:
+        with torch.no_grad():
+            return float(model.train().loss(batch).loss), float(model.eval().loss(batch).loss)
+
+    before = losses()
+    with torch.no_grad():
+        model.content.vectors_NE[2] += 3.0
+    after = losses()
+    assert (after[0] == before[0]) == consumed_only  # training
+    assert after[1] != before[1]  # whoever answers chooses among all items
+    save_model(tmp_path / "m", model, CODES)
+    assert torch.equal(load_model(tmp_path / "m", CODES).consumed_N1, model.consumed_N1)
+
+
+@pytest.mark.parametrize("options", [{}, {"items_from": 0, "num_negatives": 4}])
+def test_leaving_items_out_needs_a_softmax_over_items(options):
+    with pytest.raises(ConfigError, match=r"model\.consumed_only: got true with items_from"):
+        backbone(CODES, consumed_only=True, **options)
+
+
 def test_content_that_was_not_given_says_so():
     model = backbone(CODES, content=True)
     with pytest.raises(UserError, match=r"model\.content: this model has not taken in"):

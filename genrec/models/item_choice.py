@@ -77,6 +77,12 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
                 "expected items_from 0, the softmax over the whole catalogue that they stand for. "
                 "Set model.items_from=0 or model.num_negatives=null."
             )
+        if self.config.consumed_only and (first is None or self.config.num_negatives):
+            raise ConfigError(
+                f"model.consumed_only: got true with items_from {first} and num_negatives "
+                f"{self.config.num_negatives}, expected a softmax over all items below a prefix, "
+                "some of which it leaves out. Set model.items_from=1 and model.num_negatives=null."
+            )
         if first is None and self.config.repeat_bias:
             raise ConfigError(
                 "model.repeat_bias: got true without model.items_from, expected a level from which "
@@ -123,6 +129,9 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
             bias_BHH = self.repeats.between(sequence_BH)
             seen_MH = sequence_BH.clamp(min=0)[:, None].expand_as(bias_BHH).flatten(0, 1)
             scores_MC = self._biased(scores_MC, group_M, seen_MH, bias_BHH.flatten(0, 1))
+        if self.training and self.config.consumed_only:
+            is_consumed_MC = self.consumed_N1[self.groups.below(group_M).clamp(min=0), 0]
+            scores_MC = scores_MC.masked_fill(~is_consumed_MC, -torch.inf)
         place_M = self.groups.place_N[known_M].masked_fill(~valid_M, IGNORED)
         return self.choice_nll(scores_MC, place_M, weights_M)
 

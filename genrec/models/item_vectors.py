@@ -35,6 +35,9 @@ class ItemVectorsConfig(ItemPositionsConfig):
     item_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Probability that a training step does without an item's own vector, in the history as
     among the candidates: items that are rare or new then rank by their codes."""
+    consumed_only: bool = False
+    """Train the choice of an item among those that someone consumed in training. The others are new
+    rather than disliked: as negatives of every step they would learn to lose."""
     content: bool = False
     """Add a linear map, learned, of the vector that the item's features gave: items with like texts
     then help one another, rare and new ones most. Features made of interactions are left out: they
@@ -72,6 +75,7 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         self._made_table: tuple[tuple[Any, ...], Tensor] | None = None
         if config.item_vectors:
             self.own = nn.Embedding(len(self.tokens_NL), config.d_model)
+        if config.item_vectors or config.consumed_only:
             self.register_buffer("consumed_N1", torch.ones(len(self.tokens_NL), 1).bool())
 
     def facts(self) -> dict[str, Any]:
@@ -113,8 +117,8 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         self.content = content.to(self.device)
 
     def meet_items(self, consumed_N: np.ndarray) -> None:
-        """Take in which items have vectors of their own; see `Backbone.meet_items`."""
-        if self.config.item_vectors:
+        """Take in which items someone consumed; see `Backbone.meet_items`."""
+        if self.config.item_vectors or self.config.consumed_only:
             self.consumed_N1.copy_(torch.from_numpy(consumed_N)[:, None])
 
     def item_representations(self, rows: Tensor) -> Tensor:
