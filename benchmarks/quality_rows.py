@@ -63,7 +63,7 @@ _ENCODER_DECODER = {
         "patience": 10,
     },
 }
-# The same ways at a size and for as long as half an hour of a CPU core allows on Amazon Beauty.
+# The same ways at a size for a CPU.
 _SMALL = {
     **_ENCODER_DECODER,
     "model": {
@@ -98,7 +98,7 @@ GENERATORS: dict[str, dict[str, Any]] = {
     },
     "tiger-small": {**_SMALL, "tokenizer": {"name": "rqvae"}},
     "letter-small": {**_SMALL, "tokenizer": {"name": "letter"}},
-    # The default generator's codes and training; nothing but the backbone differs.
+    # The default generator's codes and training under another backbone: no content, no repeat bias.
     "decoder-only": {
         "model": {
             "name": "decoder_only",
