@@ -149,6 +149,11 @@ def parse_component(
 ) -> tuple[type[Any], StrictConfig]:
     """Resolve a section whose `name` picks a class from a registry.
 
+    Args:
+        registry: name -> "module:Class".
+        data: the section, or a bare name.
+        path: dotted prefix for messages; "" in a validator of a section, whose path is put before.
+
     Returns:
         the class and its checked `Config`.
     """
@@ -156,12 +161,13 @@ def parse_component(
 
     if isinstance(data, str):
         data = {"name": data}
+    key = f"{path}.name" if path else "name"
     if not isinstance(data, Mapping) or "name" not in data:
-        raise ConfigError(f"{path}.name: missing. Expected one of {', '.join(sorted(registry))}.")
+        raise ConfigError(f"{key}: missing. Expected one of {', '.join(sorted(registry))}.")
     name = data["name"]
     if name not in registry:
         raise ConfigError(
-            f"{path}.name: got {name!r}, expected one of {', '.join(sorted(registry))}."
+            f"{key}: got {name!r}, expected one of {', '.join(sorted(registry))}."
             f"{nearest(name, registry)}"
         )
     cls = load_object(registry[name])

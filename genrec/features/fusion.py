@@ -75,7 +75,7 @@ class Fusion(FeatureExtractor):
         @classmethod
         def _known(cls, parts: tuple[str | dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
             checked = [
-                parse_component(FEATURES, part, path=f"parts.{number}")[1].to_dict()
+                parse_component(FEATURES, part, path=str(number))[1].to_dict()
                 for number, part in enumerate(parts)
             ]
             return tuple(checked)

@@ -3,6 +3,7 @@
 BACKBONES = {
     "encoder_decoder": "genrec.models.encoder_decoder:EncoderDecoder",
     "decoder_only": "genrec.models.decoder_only:DecoderOnly",
+    "ensemble": "genrec.models.ensemble:Ensemble",
     "hierarchical": "genrec.models.hierarchical:Hierarchical",
     "parallel": "genrec.models.parallel:Parallel",
     "pretrained_causal": "genrec.models.pretrained_causal:PretrainedCausal",

@@ -110,6 +110,10 @@ class BackboneContract:
     no_dropout: ClassVar[dict[str, Any]] = {"dropout": 0.0, "attention_dropout": 0.0}
     learning_rate: ClassVar[float] = 5e-3
 
+    def configure(self, **options: Any) -> Any:
+        """Return the configuration with these options; for backbones that nest them."""
+        return self.backbone.Config(**options)
+
     def make(self, **changes: Any) -> Backbone:
         """Return a backbone with fresh weights, in evaluation mode."""
         torch.manual_seed(0)
@@ -117,7 +121,7 @@ class BackboneContract:
         codes_NL = small_codes()
         offsets = np.concatenate([[0], np.cumsum(SIZES)[:-1]])
         tokens_NL = torch.from_numpy(codes_NL + offsets)
-        model = self.backbone(self.backbone.Config(**options), tokens_NL, SIZES)
+        model = self.backbone(self.configure(**options), tokens_NL, SIZES)
         with torch.no_grad():  # initial scores are nearly equal: spread them, so that tests bite
             for weight in model.parameters():
                 weight.add_(0.2 * torch.randn_like(weight))
@@ -139,7 +143,7 @@ class BackboneContract:
         """Return a backbone over words: semantic IDs of 1 to 3 codes out of 5, END included."""
         torch.manual_seed(0)
         options = {"max_history": MAX_HISTORY, "dropout": 0.0, **self.options, **changes}
-        config = self.backbone.Config(**options)
+        config = self.configure(**options)
         return self.backbone(config, torch.from_numpy(WORDS), (5, 5, 5), shared_vocabulary=True)
 
     @torch.no_grad()
