@@ -90,7 +90,7 @@ GENERATORS: dict[str, dict[str, Any]] = {
     "genrec-no-repeat": {"model.repeat_bias": False},
     "genrec-text-codes": _TEXT_CODES,
     "genrec-items-0": {"model.items_from": 0, "model.num_negatives": 512},
-    # Three networks beside one another under the same codes: three times the training and the search.
+    # Three networks under the same codes: three times the training and the search.
     "genrec-ensemble": {
         "model": {"name": "ensemble", "size": 3, "of": load_yaml(find_config(CONFIG))["model"]}
     },
