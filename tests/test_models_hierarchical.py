@@ -113,6 +113,20 @@ def test_from_level_zero_it_is_a_softmax_over_the_catalogue():
     torch.testing.assert_close(item_logprobs(model, batch), plain_BN, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_a_wide_search_does_not_hold_the_catalogue_once_per_beam():
+    """Once the first code is chosen, the items below it are all that is carried on."""
+    model = backbone(CODES, items_from=0)
+    _, state = model.begin(pad_histories([[1, 2], [3]], MAX_HISTORY))
+    assert state.scores_RC.shape == (2, len(CODES))
+    parents_R = torch.arange(2).repeat_interleave(50)
+    codes_R = torch.full((100,), int(CODES[7, 0]))
+    _, wide = model.step(codes_R, state, parents_R)
+    assert wide.scores_RC.shape == (100, np.bincount(CODES[:, 0]).max())
+    kept = wide.items_RC[0][wide.scores_RC[0] > -torch.inf]
+    assert sorted(kept.tolist()) == np.flatnonzero(CODES[:, 0] == CODES[7, 0]).tolist()
+
+
 def test_item_dropout_forgets_own_vectors_in_training_only():
     model = backbone(CODES, items_from=1, item_dropout=0.5)
     batch = training_batch(model, [(3, 1, 4), (2, 6)])

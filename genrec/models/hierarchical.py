@@ -170,8 +170,9 @@ class Hierarchical(ItemChoiceBackbone):
         if state.requests_R is not None:
             state = replace(state, requests_R=state.requests_R[parents_R])
         if state.items_RC is not None and state.scores_RC is not None:
-            items_RC, scores_RC = state.items_RC[parents_R], state.scores_RC[parents_R]
-            scores_RC = self.groups.keep_code(scores_RC, items_RC, codes_R, level)
+            items_RC, scores_RC = self.scores_after(
+                state.items_RC, state.scores_RC, parents_R, codes_R, level
+            )
             new = replace(
                 state,
                 level=level + 1,

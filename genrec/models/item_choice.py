@@ -5,8 +5,8 @@ the items' own vectors (hierarchical softmax of Goodman 2001 and Morin & Bengio 
 IDs as its classes). It refuses to know layers, and how the codes before were chosen: it is given
 the vectors that items are scored with.
 
-Shapes: B sequences, H items of them, N items, M predictions, R live rows, C items of a group,
-X random items, U groups, V units of S slots, L levels, D model width.
+Shapes: B sequences, H items of them, N items, M predictions, R live rows, P rows before them,
+C items of a group, X random items, U groups, V units of S slots, L levels, D model width.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
 
     config: ItemChoiceConfig
     groups: ItemGroups
+    first_code_groups: ItemGroups
     repeats: RepeatBias
 
     def make_item_choice(self) -> None:
@@ -61,6 +62,8 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
         if self.has_items:
             codes_NL = self.tokens_NL - self.level_offsets_L
             self.groups = ItemGroups(codes_NL, self.codebook_sizes, self.num_code_levels)
+            if not self.num_code_levels:
+                self.first_code_groups = ItemGroups(codes_NL, self.codebook_sizes, 1)
         if self.config.repeat_bias:
             self.repeats = RepeatBias(self.config.max_history)
 
@@ -150,6 +153,35 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
         if seen is not None:
             scores_RC = self._biased(scores_RC, prefixes_R, *seen)
         return items_RC, scores_RC
+
+    def scores_after(
+        self,
+        items_PC: Tensor,
+        scores_PC: Tensor,
+        parents_R: Tensor,
+        codes_R: Tensor,
+        level: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the items that may still be meant once a code is chosen, and their scores.
+
+        Of a choice among the whole catalogue only the items below the first code are carried on:
+        a wide search would otherwise hold the catalogue once per beam.
+
+        Args:
+            items_PC: int64 items that could be meant so far, one row per earlier prefix.
+            scores_PC: their scores, -inf where they no longer can.
+            parents_R: int64, which row each new row extends.
+            codes_R: int64 codes of `level`.
+            level: of the codes.
+        """
+        if level or self.num_code_levels:
+            items_RC, scores_RC = items_PC[parents_R], scores_PC[parents_R]
+            return items_RC, self.groups.keep_code(scores_RC, items_RC, codes_R, level)
+        prefixes_R = self.first_code_groups.extend(torch.zeros_like(codes_R), codes_R, 0)
+        items_RC = self.first_code_groups.below(prefixes_R)
+        places_RC = self.groups.place_N[items_RC.clamp(min=0)]
+        scores_RC = scores_PC[parents_R[:, None], places_RC]
+        return items_RC, scores_RC.masked_fill(items_RC == NO_ITEM, -torch.inf)
 
     def _sampled_logits(self, query_MD: Tensor, rows_M: Tensor, sequence_BH: Tensor) -> Tensor:
         """Return logits (M, 1 + X + H) of the target, X random items and those seen."""
