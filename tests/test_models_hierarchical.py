@@ -120,11 +120,11 @@ def test_a_wide_search_does_not_hold_the_catalogue_once_per_beam():
     _, state = model.begin(pad_histories([[1, 2], [3]], MAX_HISTORY))
     assert state.scores_RC.shape == (2, len(CODES))
     parents_R = torch.arange(2).repeat_interleave(50)
-    codes_R = torch.full((100,), int(CODES[7, 0]))
+    codes_R = torch.full((100,), int(CODES.codes[7, 0]))
     _, wide = model.step(codes_R, state, parents_R)
-    assert wide.scores_RC.shape == (100, np.bincount(CODES[:, 0]).max())
+    assert wide.scores_RC.shape == (100, np.bincount(CODES.codes[:, 0]).max())
     kept = wide.items_RC[0][wide.scores_RC[0] > -torch.inf]
-    assert sorted(kept.tolist()) == np.flatnonzero(CODES[:, 0] == CODES[7, 0]).tolist()
+    assert sorted(kept.tolist()) == np.flatnonzero(CODES.codes[:, 0] == CODES.codes[7, 0]).tolist()
 
 
 def test_item_dropout_forgets_own_vectors_in_training_only():
