@@ -139,9 +139,12 @@ def train(
                 )
             history.append({"epoch": epoch, "loss": loss})
             advance(1)
+            if validation is not None:
+                history[-1].update(validate(shown, *validation))
+            told = ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items())
+            log.info("sasrec: %s", told)
             if validation is None:
                 continue
-            history[-1].update(validate(shown, *validation))
             if history[-1]["ndcg@10"] > best[0]:
                 best = (history[-1]["ndcg@10"], epoch, copy.deepcopy(shown.state_dict()))
             elif epoch - best[1] >= config.patience:
