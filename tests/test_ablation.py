@@ -83,6 +83,12 @@ def test_ready_files_are_complete(root: Path) -> None:
         assert f"configs/ablations/{path.name}" in path.read_text()
 
 
+def test_sizes_are_varied_of_the_default_generator(root: Path) -> None:
+    default = yaml.safe_load((root / "configs" / "genrec.yaml").read_text())
+    found = yaml.safe_load((root / "configs/ablations/scaling-movielens.yaml").read_text())
+    assert found["run"] == {**default, "name": "scaling-movielens", "seeds": [1]}
+
+
 def test_an_ablation_runs_is_kept_and_tells_its_failures(
     small_config: Path, small_cache: Path, small_run: Path, tmp_path: Path
 ) -> None:

@@ -255,7 +255,7 @@ def test_only_a_fusion_that_fits_nothing_embeds_items_alone(tmp_path):
 def test_unusable_fusions_are_clear_errors(tmp_path):
     with pytest.raises(ConfigError, match=r"features\.parts.*at least 1"):
         make("fusion", parts=[])
-    with pytest.raises(ConfigError, match=r"parts\.0\.colums: unknown key.*'columns'"):
+    with pytest.raises(ConfigError, match=r"^features\.parts\.0\.colums: unknown key.*'columns'"):
         make("fusion", parts=[{"name": "lsa", "colums": ["title"]}])
     with pytest.raises(UserError, match=r"got 2 numbers for 1 parts"):
         make("fusion", parts=["lsa"], weights=[1, 2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -183,6 +185,16 @@ def test_every_loss_learns_the_ring(loss):
     found = evaluate_scores(model.scores, data.examples("test"), ks=(1, 10), mask_seen=False)
     assert found["recall@1"].mean() == 1.0
     assert model.history[-1]["ndcg@10"] == 1.0
+
+
+def test_every_epoch_is_told_also_without_a_terminal(caplog):
+    data = ring(num_items=12, num_users=24, length=6).interactions
+    config = SMALL.model_copy(update={"epochs": 2})
+    with caplog.at_level(logging.INFO, logger="genrec"):
+        SASRec(config).fit(data.training(), data.examples("valid"))
+    told = [record.getMessage() for record in caplog.records]
+    for epoch in (1, 2):
+        assert any(f"epoch {epoch}, loss" in line and "ndcg@10" in line for line in told)
 
 
 def test_a_model_of_cosines_learns_the_ring_and_has_vectors_of_length_one():

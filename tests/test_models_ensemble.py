@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from genrec.bundle import build_model, load_model, save_model
-from genrec.config import parse_component
-from genrec.decoding import CSRIndex, beam_search
+from genrec.config import load_yaml, parse_component
+from genrec.data import Catalog
+from genrec.decoding import CSRIndex, Filters, beam_search
 from genrec.errors import ConfigError
 from genrec.item_index import ItemIndex
 from genrec.models import BACKBONES
@@ -106,13 +107,12 @@ def by_row(beams):
 
 
 def test_each_member_learns_as_it_would_alone(index):
-    """A step of the ensemble moves a member where the same step moves it outside."""
+    """Its gradient is what it would be alone, over the number of members."""
     model = ensemble(index, KINDS[0], size=2).train()
     alone = DecoderOnly.from_index(model.members[0].config, index).train()
     alone.load_state_dict(model.members[0].state_dict())
     batch = training_batch(alone, [(3, 1, 4), (2, 6)])
-    for module, share in ((model, 2), (alone, 1)):
-        torch.optim.SGD(module.parameters(), lr=0.1 * share).zero_grad()
+    for module in (model, alone):
         module(batch).loss.backward()
     learned = dict(alone.named_parameters())
     for name, weight in model.members[0].named_parameters():
@@ -153,9 +153,11 @@ def test_saved_and_loaded_with_its_items_and_users(index, tmp_path):
     section = {
         "name": "ensemble",
         "size": 2,
-        "of": {**KINDS[2], "user_tokens": "learned"},
+        "of": {**KINDS[2], "user_tokens": "learned", "content": True},
     }
     model = build_model(section, index, seed=4).eval()
+    vectors_NE = np.random.default_rng(0).normal(size=(len(index), 5)).astype(np.float32)
+    model.start_from(Catalog.from_vectors(vectors_NE, index.item_ids))
     model.meet_users(["ann", "bob"], np.array([True, True]))
     model.meet_items(np.arange(24) > 3)
     save_model(tmp_path / "model", model, index)
@@ -168,6 +170,26 @@ def test_saved_and_loaded_with_its_items_and_users(index, tmp_path):
     batch = pad_histories(HISTORIES, MAX_HISTORY)
     assert torch.equal(item_logprobs(loaded, batch), item_logprobs(model, batch))
     assert loaded.config == model.config
+
+
+@pytest.mark.parametrize("scoring", ["renormalized", "level", "raw"])
+@torch.no_grad()
+def test_beams_without_an_item_are_no_trouble(index, scoring):
+    """One allowed item and a wide beam: all other beams fill up, and stay without probability."""
+    model = ensemble(index, KINDS[2])
+    batch, csr = pad_histories(HISTORIES, MAX_HISTORY), CSRIndex.from_index(index)
+    allowed = Filters(allow=[np.array([5])] * len(HISTORIES))
+    options = {"width": 24, "k": 3, "scoring": scoring}
+    found = beam_search(model, batch, csr, filters=allowed, **options)
+    everything = by_row(beam_search(model, batch, csr, **{**options, "k": 24}))
+    assert found.rows_Bk[:, 0].tolist() == [5] * len(HISTORIES)
+    torch.testing.assert_close(found.logprobs_Bk[:, 0], everything[:, 5], atol=1e-4, rtol=0)
+
+
+def test_ready_configuration_is_the_default_generator_three_times(root):
+    default, ready = (load_yaml(root / "configs" / f"{n}.yaml") for n in ("genrec", "ensemble"))
+    expected = {"name": "ensemble", "size": 3, "of": default["model"]}
+    assert ready == {**default, "name": "ensemble", "model": expected}
 
 
 def test_members_must_be_trained_from_random_weights():

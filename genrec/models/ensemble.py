@@ -58,11 +58,10 @@ class Ensemble(Backbone):
         tokens_NL: as for `Backbone`.
         codebook_sizes: as for `Backbone`.
         shared_vocabulary: as for `Backbone`.
-        facts: each member's `Backbone.facts()`, to load saved weights into; None: fresh members.
     """
 
     class Config(StrictConfig):
-        """An ensemble of three learns for as long as three models, and so it searches."""
+        """Learning and searching cost as much as `size` models of that kind."""
 
         name: Literal["ensemble"] = "ensemble"
         """Name in the registry."""
