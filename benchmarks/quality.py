@@ -39,7 +39,8 @@ from genrec.configs_folder import find_config
 from genrec.data import Dataset
 from genrec.data.interactions import Examples
 from genrec.errors import GenrecError, UserError
-from genrec.evaluation import metrics
+from genrec.evaluation import beyond_accuracy, metrics
+from genrec.evaluation.beyond_accuracy import Surroundings
 from genrec.evaluation.evaluator import DEFAULT_KS, evaluate_scores
 from genrec.evaluation.runs import PROTOCOL
 from genrec.item_index import ItemIndex
@@ -63,6 +64,7 @@ class Piece:
         validation: NDCG@10 of all validation targets, seen items kept in.
         seconds_fit: wall time.
         seconds_rank: wall time by mode.
+        lists: by mode, what the first ten places of all lists are like.
         details: anything else worth keeping (JSON).
     """
 
@@ -71,6 +73,7 @@ class Piece:
     validation: float
     seconds_fit: float
     seconds_rank: dict[str, float]
+    lists: dict[str, dict[str, float]]
     details: dict[str, Any]
 
 
@@ -86,24 +89,36 @@ def fit_baseline(settings: dict[str, Any], dataset: Dataset, seed: int) -> Piece
     model.fit(dataset.interactions.training(), dataset.catalog, validation)
     seconds_fit = time.perf_counter() - begun
     test = dataset.interactions.examples("test")
-    values, seconds = {}, {}
+    around = _surroundings(dataset)
+    values, seconds, lists = {}, {}, {}
     for masked in (False, True):
+        mode = mode_name(masked)
         begun = time.perf_counter()
-        values[mode_name(masked)] = _ranked(model, test, masked)
-        seconds[mode_name(masked)] = time.perf_counter() - begun
-    shown = _ranked(model, validation, False)["ndcg@10"]
+        values[mode], rows_Uk = _ranked(model, test, masked)
+        seconds[mode] = time.perf_counter() - begun
+        lists[mode] = beyond_accuracy.list_figures(rows_Uk, around)
+    shown = _ranked(model, validation, False)[0]["ndcg@10"]
     config = {"config": model.config.to_dict()}
-    return Piece(test.user_rows, values, float(shown.mean()), seconds_fit, seconds, config)
+    return Piece(test.user_rows, values, float(shown.mean()), seconds_fit, seconds, lists, config)
 
 
-def _ranked(model: Baseline, examples: Examples, masked: bool) -> Values:
-    """Return metrics and expected rank per user; the rank follows from the uncut MRR."""
+def _surroundings(dataset: Dataset) -> Surroundings:
+    interactions = dataset.interactions
+    return Surroundings(interactions.examples("test"), interactions.training().counts())
+
+
+def _ranked(model: Baseline, examples: Examples, masked: bool) -> tuple[Values, np.ndarray]:
+    """Return metrics and expected rank per user, and the first places (U, k).
+
+    The rank follows from the uncut MRR.
+    """
     ks = (*DEFAULT_KS, model.num_items)
-    found = evaluate_scores(model.scores, examples, ks=ks, mask_seen=masked)
+    rows_Uk = np.full((len(examples), beyond_accuracy.DEPTH), -1, np.int32)
+    found = evaluate_scores(model.scores, examples, ks=ks, mask_seen=masked, out_rows=rows_Uk)
     inverse_U = found[f"mrr@{model.num_items}"]
     place_U = np.round(2 * (1 / np.where(inverse_U > 0, inverse_U, 1) - 1)) / 2  # halves: ties
     values = {name: found[name] for name in METRICS}
-    return {**values, RANK: np.where(inverse_U > 0, place_U, metrics.ABSENT)}
+    return {**values, RANK: np.where(inverse_U > 0, place_U, metrics.ABSENT)}, rows_Uk
 
 
 def fit_generator(run: Run, dataset: Dataset) -> Piece:
@@ -120,6 +135,7 @@ def fit_generator(run: Run, dataset: Dataset) -> Piece:
         if label.split(" (")[0] in _FIT_STAGES
     }
     train = f"train (seed {seed})"
+    around = _surroundings(dataset)
     # From the cache, or gone on from a checkpoint: what its steps took is known all the same.
     stages[train] = max(stages[train], training["seconds"])
     return Piece(
@@ -128,6 +144,10 @@ def fit_generator(run: Run, dataset: Dataset) -> Piece:
         float(listing.list_values(valid, DEFAULT_KS)["ndcg@10"].mean()),
         sum(stages.values()),
         {mode: _search_seconds(lists) for mode, lists in found.test.items()},
+        {
+            mode: beyond_accuracy.list_figures(listing.read_lists(lists)[0].rows, around)
+            for mode, lists in found.test.items()
+        },
         {
             "config": {k: v for k, v in run.config.to_dict().items() if k not in LOCAL},
             "stages": stages,
@@ -225,6 +245,7 @@ def _write(path: Path, piece: Piece, order: Order, dataset: Dataset, run: Run) -
             "validation_ndcg@10": piece.validation,
             "seconds_fit": piece.seconds_fit,
             "seconds_rank": piece.seconds_rank,
+            "lists": piece.lists,
             "settings": order.settings,
             "details": piece.details,
             "command": order.command(dataset.name),

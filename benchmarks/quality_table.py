@@ -19,7 +19,7 @@ import polars as pl
 from genrec.artifacts import write_json_atomic, write_text_atomic
 from genrec.bundle import mode_name
 from genrec.errors import MismatchError, UserError
-from genrec.evaluation import plots
+from genrec.evaluation import beyond_accuracy, plots
 from genrec.evaluation.evaluator import summarise
 from genrec.evaluation.runs import Cell, check_comparable
 from genrec.evaluation.significance import holm, paired_test
@@ -27,6 +27,7 @@ from genrec.evaluation.significance import holm, paired_test
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 COUNTING, TRAINED = "markov", "sasrec"  # what others are tested against: a row, a kind of rows
 TESTED = "ndcg@10"
+LIFT = "popularity_lift_over_history"
 NUM_SAMPLES = 5000  # of a test: p-values are corrected for some thirty tests
 SEEN = {False: "seen items kept in", True: "seen items left out"}
 _STYLE = (
@@ -137,6 +138,7 @@ def _figures(dataset: str, cell: Cell, masked: bool) -> Row:
         "seconds_rank": _mean(piece["seconds_rank"][mode] for piece in pieces),
         "command": _command(pieces),
         "run_command": pieces[0]["run_command"],
+        "lists": _lists(pieces, mode),
         "settings": pieces[0]["settings"],
         "machines": sorted({_machine(piece["machine"]) for piece in pieces}),
         "dates": sorted({piece["date"] for piece in pieces}),
@@ -148,6 +150,12 @@ def _figures(dataset: str, cell: Cell, masked: bool) -> Row:
 
 def _mean(values: Iterator[float]) -> float:
     return float(np.mean(list(values)))
+
+
+def _lists(pieces: Sequence[Row], mode: str) -> dict[str, float]:
+    """Return what lists are like, means over seeds; {} where a piece is older than that."""
+    told = [piece.get("lists", {}).get(mode) for piece in pieces]
+    return beyond_accuracy.mean_of(told) if all(told) else {}
 
 
 def _command(pieces: Sequence[Row]) -> str:
@@ -232,6 +240,7 @@ def to_markdown(found: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         for masked, seen in SEEN.items():
             rows = [r for r in found["rows"] if (r["dataset"], r["masked"]) == (dataset, masked)]
             parts += [f"### {dataset}: {seen}", _figure_table(rows, found["references"][dataset])]
+            parts += [_list_table(rows)]
         if dataset in pictures:
             parts.append(f"![NDCG@10 with intervals, {dataset}]({pictures[dataset]})")
         mine = [r for r in found["rows"] if r["dataset"] == dataset and not r["masked"]]
@@ -262,6 +271,8 @@ def _protocol(found: Mapping[str, Any]) -> list[str]:
         f"parentheses p of the paired bootstrap over users ({NUM_SAMPLES:,} resamples), corrected "
         "by Holm over all tests of its table. The sign-flip test stands in `quality.json`. The "
         "tests know users, not seeds.\n"
+        "- **First ten places.** What all lists together are like (docs/evaluation.md defines "
+        "each); older rows do not know it.\n"
         "- **Seconds.** Wall time of one seed: fitting (for generators vectors, semantic IDs and "
         "training; parts that another seed had made already are not counted twice) and ranking "
         "all test users once. Machines were shared, so take them as upper bounds.\n"
@@ -291,6 +302,19 @@ def _figure_table(rows: Sequence[Row], references: Sequence[str]) -> str:
                 f"{row['seconds_rank']:,.1f}",
             ]
         )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _list_table(rows: Sequence[Row]) -> str:
+    told = [row for row in rows if row["lists"]]
+    if not told:
+        return ""
+    names = [*beyond_accuracy.PRINTED, LIFT]
+    heads = ["first ten places", *beyond_accuracy.PRINTED.values(), "lift over the history's"]
+    lines = [heads, ["---"] * len(heads)]
+    for row in told:
+        shown = beyond_accuracy.printed(row["lists"], names)
+        lines.append([row["name"], *shown])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from benchmarks import quality, quality_many, quality_rows, quality_table
 from benchmarks.quality_rows import Order
+from genrec.cli import main
+from genrec.configs_folder import find_config
 from genrec.data import Dataset
 from genrec.data.synthetic import ring
 from genrec.errors import ConfigError, MismatchError, UserError
@@ -159,6 +161,38 @@ def test_the_table_adds_pieces_up(tiny: None, folder: Path, tmp_path: Path) -> N
     assert "### rings: seen items kept in" in text and "- tiger: not run." in text
     assert "--seed {1,2} --out FOLDER`" in text and str(tmp_path) not in text
     assert (tmp_path / "docs" / "quality-rings.svg").read_text().startswith("<svg xmlns=")
+    each = [piece["lists"]["unmasked"]["coverage"] for piece in pieces]
+    assert sasrec["lists"]["coverage"] == pytest.approx(np.mean(each))
+    assert text.count("| first ten places |") == 2 and f"| {np.mean(each):.3f} |" in text
+
+
+def test_lists_are_described_as_a_run_describes_them(
+    tiny: None, folder: Path, tmp_path: Path
+) -> None:
+    told = read(make(folder, tmp_path, "genrec", 1))["lists"]
+    run = tmp_path / "run"
+    settings = [f"{key}={json.dumps(value)}" for key, value in GENERATOR.items()]
+    settings += [f"data={folder}", "seeds=[1]", "evaluation.baselines=[markov]"]
+    paths = [str(find_config("genrec")), "--out", str(run), "--cache", str(tmp_path / "cache")]
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", *paths, "--device", "cpu", *settings])
+    markov = read(make(folder, tmp_path, "markov"))["lists"]
+    for mode in ("unmasked", "masked"):
+        expected = read(run / "results.json")["beyond_accuracy"][mode]
+        for name in ("coverage", "gini", "popularity_lift_over_history"):
+            assert told[mode][name] == pytest.approx(expected["genrec"][name])
+            assert markov[mode][name] == pytest.approx(expected["markov"][name])
+
+
+def test_a_piece_without_lists_leaves_them_out(folder: Path, tmp_path: Path) -> None:
+    path = make(folder, tmp_path, "markov", name="rings")
+    make(folder, tmp_path, "item_knn", name="rings")
+    old = {key: value for key, value in read(path).items() if key != "lists"}
+    path.write_text(json.dumps(old), encoding="utf-8")
+    quality.main(["table", "--out", str(tmp_path / "out"), "--write", str(tmp_path / "docs")])
+    text = (tmp_path / "docs" / "quality.md").read_text(encoding="utf-8")
+    lists = text.split("| first ten places |")[1].split("###")[0]
+    assert "| item_knn |" in lists and "| markov |" not in lists
 
 
 def test_many_pieces_are_made_until_time_is_up(folder: Path, tmp_path: Path) -> None:

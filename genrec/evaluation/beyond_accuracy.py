@@ -8,7 +8,7 @@ Shapes: S seeds, U users, k list length, N items, E vector width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +93,9 @@ def list_figures(rows_Uk: np.ndarray, around: Surroundings, k: int = DEPTH) -> d
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
-def printed(figures: Mapping[str, Any]) -> list[str]:
-    """Return the figures of `PRINTED` as text, empty where there is none."""
-    values = [figures.get(name) for name in PRINTED]
+def printed(figures: Mapping[str, Any], names: Iterable[str] = PRINTED) -> list[str]:
+    """Return figures as text, those of `PRINTED` unless told, empty where there is none."""
+    values = [figures.get(name) for name in names]
     return [
         "" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
         for value in values
