@@ -9,16 +9,23 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 import yaml
+from accelerate import Accelerator
 
+from genrec.artifacts import load_artifact
 from genrec.cli import main
 from genrec.data import Catalog, Dataset, Interactions
 from genrec.data.interactions import TEST, TRAIN, VALID
 from genrec.data.periods import as_of, earlier_times
 from genrec.errors import ConfigError, DataError, TrainingError, UserError
 from genrec.evaluation.runs import read_cell
+from genrec.item_index import ItemIndex
+from genrec.models.hierarchical import Hierarchical
+from genrec.pipeline import stages
 from genrec.pipeline.config import check_run_config
 from genrec.pipeline.incremental import SYSTEMS
+from genrec.trainers.base import Trainer
 from genrec.trainers.incremental import Incremental
 
 NUM_ITEMS = 30
@@ -108,6 +115,40 @@ def test_nothing_new_and_no_model_are_named(tmp_path: Path) -> None:
         Incremental(config, seed=1).examples(Model(), training)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no trained model"):
         config.reads(make_dataset().catalog)
+
+
+def test_an_update_forgets_no_item_that_the_model_knew(tmp_path: Path) -> None:
+    """Also where the data hold the new interactions alone."""
+    everything = make_dataset()
+    codes = np.stack(np.divmod(np.arange(NUM_ITEMS), 5), axis=1).astype(np.int32)
+    index = ItemIndex(everything.catalog.item_ids, codes, (6, 5))
+    model = Hierarchical.Config(d_model=8, num_layers=1, d_ff=8, num_heads=2, items_from=1)
+
+    def trained(name: str, dataset: Dataset, trainer: Trainer.Config) -> torch.Tensor:
+        stages.train(
+            tmp_path / name, dataset, index, model, trainer, seed=1, key=name,
+            accelerator=Accelerator(cpu=True),
+        )  # fmt: skip
+        arrays = load_artifact(tmp_path / name, kind="model").arrays
+        return torch.from_numpy(arrays["consumed_N1"]).flatten()
+
+    def of_users(wanted: slice) -> Dataset:
+        events, length = everything.interactions, 12
+        kept = slice(wanted.start * length, wanted.stop * length)
+        mine = Interactions(
+            events.item_rows[kept],
+            np.arange(wanted.stop - wanted.start + 1, dtype=np.int64) * length,
+            events.timestamps[kept],
+            events.splits[kept],
+            NUM_ITEMS,
+        )
+        return replace(everything, interactions=mine)
+
+    first = trained("old", of_users(slice(0, 6)), Trainer.Config(epochs=1))
+    assert 0 < first.sum() < NUM_ITEMS
+    going_on = Incremental.Config(epochs=1, start_from=str(tmp_path / "old"), new_from=1)
+    after = trained("new", of_users(slice(20, 26)), going_on)
+    assert (after | first).equal(after) and after.sum() > first.sum()
 
 
 def run(arguments: list[str]) -> None:

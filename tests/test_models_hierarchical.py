@@ -320,6 +320,10 @@ def test_items_that_training_does_not_know_have_no_vector_of_their_own(tmp_path)
     assert not torch.allclose(found[[2, 5]], with_own[[2, 5]])
     save_model(tmp_path / "m", model, CODES)
     assert torch.equal(load_model(tmp_path / "m", CODES).item_vectors(rows), found)
+    model.meet_items(np.arange(len(CODES)) == 2, more=True)
+    assert (
+        model.consumed_N1.flatten().tolist() == (consumed_N | (np.arange(len(CODES)) == 2)).tolist()
+    )
 
 
 @pytest.mark.parametrize("consumed_only", [True, False])

@@ -186,11 +186,12 @@ class Backbone(nn.Module, ABC):
         """Whether `Batch.times_BH` changes what the model answers."""
         return False
 
-    def meet_items(self, consumed_N: np.ndarray) -> None:
+    def meet_items(self, consumed_N: np.ndarray, *, more: bool = False) -> None:
         """Take in which items the training data know, before training; the default does not.
 
         Args:
             consumed_N: bool, whether anyone consumed the item in training.
+            more: items that were met before stay met: training goes on.
         """
 
     def meet_users(self, users: Sequence[str], has_history_U: np.ndarray) -> None:

@@ -116,10 +116,11 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         content = Content(standardized(vectors_NE), self.config.d_model, self.config.init_std)
         self.content = content.to(self.device)
 
-    def meet_items(self, consumed_N: np.ndarray) -> None:
+    def meet_items(self, consumed_N: np.ndarray, *, more: bool = False) -> None:
         """Take in which items someone consumed; see `Backbone.meet_items`."""
         if self.config.item_vectors or self.config.consumed_only:
-            self.consumed_N1.copy_(torch.from_numpy(consumed_N)[:, None])
+            met_N1 = torch.from_numpy(consumed_N)[:, None].to(self.consumed_N1.device)
+            self.consumed_N1.copy_(met_N1 | self.consumed_N1 if more else met_N1)
 
     def item_representations(self, rows: Tensor) -> Tensor:
         """Return the items' vectors; see `Backbone.item_representations`."""

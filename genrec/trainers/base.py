@@ -67,6 +67,9 @@ class Trainer:
     trains_shards: ClassVar[bool] = True
     """Whether its learner calls nothing but `forward` of the model (FSDP)."""
 
+    goes_on: ClassVar[bool] = False
+    """Whether `start` gives the model weights that were trained before."""
+
     def __init__(self, config: Any, *, seed: int) -> None:
         self.config = config
         self.seed = seed

@@ -46,6 +46,7 @@ class Incremental(Trainer):
             return {"start_from": start, **super().reads(catalog)}
 
     config: Config
+    goes_on = True
 
     def start(self, model: Backbone, index: ItemIndex, catalog: Catalog) -> None:
         """Give the model the weights to go on from.

@@ -66,6 +66,7 @@ class Preference(Trainer):
 
     figures = ("margin", "accuracy")
     trains_shards: ClassVar[bool] = False
+    goes_on = True
     _constraint: CSRIndex
     _reference: Backbone
 
