@@ -50,6 +50,8 @@ BASELINES: dict[str, dict[str, Any]] = {
 """Row -> baseline with settings."""
 
 _TEXT_CODES = {"features": {"name": "auto"}}
+# For ways that need codes which tell items apart, not groups to choose an item from.
+_MANY_CODES = {"tokenizer": {"name": "rqkmeans", "num_levels": 2, "codebook_size": 256}}
 _ENCODER_DECODER = {
     **_TEXT_CODES,
     "model": {"name": "encoder_decoder"},  # its defaults are TIGER's size
@@ -89,7 +91,7 @@ GENERATORS: dict[str, dict[str, Any]] = {
     "genrec-no-content": {"model.content": False},
     "genrec-no-repeat": {"model.repeat_bias": False},
     "genrec-text-codes": _TEXT_CODES,
-    "genrec-items-0": {"model.items_from": 0, "model.num_negatives": 512},
+    "genrec-items-0": {**_MANY_CODES, "model.items_from": 0, "model.num_negatives": 512},
     # Three networks under the same codes: three times the training and the search.
     "genrec-ensemble": {
         "model": {"name": "ensemble", "size": 3, "of": load_yaml(find_config(CONFIG))["model"]}
@@ -104,6 +106,7 @@ GENERATORS: dict[str, dict[str, Any]] = {
     "letter-small": {**_SMALL, "tokenizer": {"name": "letter"}},
     # The default generator's codes and training under another backbone: no content, no repeat bias.
     "decoder-only": {
+        **_MANY_CODES,
         "model": {
             "name": "decoder_only",
             "max_history": 50,
@@ -117,6 +120,7 @@ GENERATORS: dict[str, dict[str, Any]] = {
     # One pass over the data, which is what an hour of a CPU core allows on MovieLens-100K.
     "smollm2-lora": {
         **_TEXT_CODES,
+        **_MANY_CODES,
         "model": {
             "name": "pretrained_causal",
             "source": "asset:smollm2",
