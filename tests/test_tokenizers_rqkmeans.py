@@ -200,33 +200,3 @@ def test_fitting_and_coding_need_little_more_than_one_copy_of_the_vectors(varian
     tokenizer = make(codebook_size=8, num_iterations=2, **variant)
     assert peak_of(lambda: tokenizer.fit(catalog)) < 1.5 * size
     assert peak_of(lambda: tokenizer.encode(catalog)) < 0.6 * size
-
-
-# -- the codebook's size by the number of items -------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("num_items", "least", "expected"),
-    [(400, 0, 64), (400, 6, 64), (400, 7, 32), (400, 100, 4), (400, 101, 2)],
-)
-def test_codes_are_halved_until_each_has_enough_items(num_items, least, expected):
-    catalog = Catalog.from_vectors(cloud(num_items))
-    settings = {"codebook_size": 64, "num_levels": 2}
-    ruled = make(**settings, min_items_per_code=least).fit(catalog)
-    assert ruled.codebook_sizes == (expected, expected)
-    plain = make(**{**settings, "codebook_size": expected}).fit(catalog)
-    assert (ruled.encode(catalog) == plain.encode(catalog)).all()
-
-
-def test_one_code_is_the_fewest_and_the_log_says_what_was_halved(caplog):
-    catalog = Catalog.from_vectors(cloud(20))
-    with caplog.at_level("INFO"):
-        tokenizer = make(codebook_size=8, num_levels=1, min_items_per_code=1_000).fit(catalog)
-    assert tokenizer.codebook_sizes == (1,)
-    assert "1 codes a level instead of 8" in caplog.text
-
-
-def test_the_rule_allows_fewer_different_vectors_than_codes_asked_for():
-    catalog = Catalog.from_vectors(np.repeat(cloud(10), 4, axis=0))
-    tokenizer = make(codebook_size=64, num_levels=1, min_items_per_code=4).fit(catalog)
-    assert tokenizer.codebook_sizes == (8,)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
-from genrec.config import StrictConfig
 from genrec.errors import UserError
 from genrec.runtime import get_logger, progress
 from genrec.tokenizers.base import (
@@ -28,6 +27,7 @@ from genrec.tokenizers.base import (
     not_fitted,
     require_distinct,
 )
+from genrec.tokenizers.quantization.codebook_size import CodebookConfig
 from genrec.tokenizers.quantization.kmeans import (
     CHUNK,
     Clusters,
@@ -48,14 +48,12 @@ ROUND_ITERATIONS = 2
 """k-means iterations after each update of the rotation."""
 
 
-class Settings(StrictConfig):
+class Settings(CodebookConfig):
     """Settings that PQ and OPQ share."""
 
     num_levels: int = Field(default=4, ge=1)
     """Number of codes of an item, L (RPG: 16 to 64, for models that predict all codes at once; 4
     keep decoding code by code short)."""
-    codebook_size: int = Field(default=256, ge=1)
-    """Codes per level, K (RPG: 256)."""
     pca_dim: int | None = Field(default=None, ge=1)
     """Principal components that are kept, a multiple of `num_levels` (RPG: 128 to 512). None: as
     many as the vectors have, at most 512."""
@@ -117,7 +115,7 @@ class PQ(ItemTokenizer):
         Raises:
             UserError: fewer different vectors than codes, or vectors too narrow for the settings.
         """
-        config = self.config
+        self.config = config = self.config.for_items(len(catalog))
         inputs = checked_vectors(catalog, normalize=config.normalize)
         require_distinct(inputs, config.codebook_size)
         width = _width(inputs.shape[1], config)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from genrec.config import StrictConfig
 from genrec.runtime import get_logger, progress
 from genrec.tokenizers.base import (
     FloatArray,
@@ -26,6 +25,7 @@ from genrec.tokenizers.base import (
     not_fitted,
     require_distinct,
 )
+from genrec.tokenizers.quantization.codebook_size import CodebookConfig
 from genrec.tokenizers.quantization.kmeans import (
     CHUNK,
     Clusters,
@@ -50,18 +50,13 @@ class RQKMeans(ItemTokenizer):
         config: see `RQKMeans.Config`.
     """
 
-    class Config(StrictConfig):
+    class Config(CodebookConfig):
         """Settings of RQ-KMeans."""
 
         name: Literal["rqkmeans"] = "rqkmeans"
         """Name in the registry."""
         num_levels: int = Field(default=3, ge=1)
         """Number of codes of an item, L (OneRec: 3)."""
-        codebook_size: int = Field(default=256, ge=1)
-        """Codes per level, K (TIGER: 256; OneRec in production: 8192)."""
-        min_items_per_code: int = Field(default=0, ge=0)
-        """Halve `codebook_size` until this many fitted items, on average, share a code of the first
-        level: a small catalogue gets small codebooks. 0: `codebook_size` as it is."""
         balanced: bool = False
         """Give every code of a level equally many fitted items, within one (OneRec: true). New
         items take the nearest code."""
@@ -91,15 +86,14 @@ class RQKMeans(ItemTokenizer):
         Raises:
             UserError: fewer different vectors than codes.
         """
-        config = self.config
+        self.config = config = self.config.for_items(len(catalog))
         inputs = self.inputs(catalog)
-        num_codes = _codebook_size(config, len(inputs))
-        require_distinct(inputs, num_codes)
+        require_distinct(inputs, config.codebook_size)
         residuals = inputs.copy()
         codebooks, labels = [], []
         with progress("RQ-KMeans levels", config.num_levels) as advance:
             for level in range(config.num_levels):
-                clusters = self._cluster(residuals, level, num_codes)
+                clusters = self._cluster(residuals, level)
                 subtract(residuals, clusters.centroids, clusters.labels)
                 codebooks.append(clusters.centroids)
                 labels.append(clusters.labels)
@@ -109,14 +103,14 @@ class RQKMeans(ItemTokenizer):
             self._assigned = _Assigned.of(catalog.item_ids, inputs, np.stack(labels, axis=1))
         return self
 
-    def _cluster(self, residuals_NE: FloatArray, level: int, num_codes: int) -> Clusters:
+    def _cluster(self, residuals_NE: FloatArray, level: int) -> Clusters:
         config = self.config
-        size = count_distinct(residuals_NE, stop=num_codes)
-        if size < num_codes:
+        size = count_distinct(residuals_NE, stop=config.codebook_size)
+        if size < config.codebook_size:
             log.warning(
                 "RQ-KMeans level %d: only %d different residuals are left, so it gets %d codes "
                 "instead of %d. Set a smaller tokenizer.codebook_size or fewer levels.",
-                level + 1, size, size, num_codes,
+                level + 1, size, size, config.codebook_size,
             )  # fmt: skip
         if config.balanced:
             method = balanced_kmeans
@@ -193,19 +187,6 @@ class RQKMeans(ItemTokenizer):
     def _require_fitted(self) -> None:
         if not self._codebooks:
             raise not_fitted("RQKMeans")
-
-
-def _codebook_size(config: RQKMeans.Config, num_items: int) -> int:
-    size = config.codebook_size
-    while size > 1 and num_items < config.min_items_per_code * size:
-        size //= 2
-    if size < config.codebook_size:
-        log.info(
-            "RQ-KMeans: %d codes a level instead of %d, so that %d items come to at least %d a "
-            "code (tokenizer.min_items_per_code).",
-            size, config.codebook_size, num_items, config.min_items_per_code,
-        )  # fmt: skip
-    return size
 
 
 class _Assigned:

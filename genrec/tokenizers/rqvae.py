@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from genrec.config import StrictConfig
 from genrec.runtime import choose_device
 from genrec.tokenizers.base import (
     FloatArray,
@@ -25,6 +24,7 @@ from genrec.tokenizers.base import (
     not_fitted,
     require_distinct,
 )
+from genrec.tokenizers.quantization.codebook_size import CodebookConfig
 from genrec.tokenizers.quantization.residual import code_distances
 from genrec.tokenizers.quantization.rqvae_training import Network, Objective, train
 
@@ -41,15 +41,13 @@ class RQVAE(ItemTokenizer):
         config: see `RQVAE.Config`.
     """
 
-    class Config(StrictConfig):
+    class Config(CodebookConfig):
         """Settings of the RQ-VAE."""
 
         name: Literal["rqvae"] = "rqvae"
         """Name in the registry."""
         num_levels: int = Field(default=3, ge=1)
         """Number of codes of an item, L (TIGER: 3)."""
-        codebook_size: int = Field(default=256, ge=1)
-        """Codes per level, K (TIGER: 256)."""
         latent_dim: int = Field(default=32, ge=1)
         """Width D of the latent and of the code vectors (TIGER: 32)."""
         hidden_dims: tuple[int, ...] = (512, 256, 128)
@@ -131,6 +129,7 @@ class RQVAE(ItemTokenizer):
             TrainingError: the loss became NaN or infinite.
         """
         order = np.argsort(np.array(catalog.item_ids, dtype=str), kind="stable")
+        self.config = self.config.for_items(len(catalog))
         inputs = checked_vectors(catalog, normalize=self.config.normalize)[order]
         require_distinct(inputs, self.config.codebook_size)
         device = choose_device()
