@@ -27,7 +27,7 @@ from genrec.evaluation.significance import holm, paired_test
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 COUNTING, TRAINED = "markov", "sasrec"  # what others are tested against: a row, a kind of rows
 TESTED = "ndcg@10"
-LIFT = "popularity_lift_over_history"
+LIFT, LIFT_SHOWN = "popularity_lift_over_history", "popularity's lift over the history's"
 NUM_SAMPLES = 5000  # of a test: p-values are corrected for some thirty tests
 SEEN = {False: "seen items kept in", True: "seen items left out"}
 _STYLE = (
@@ -152,10 +152,10 @@ def _mean(values: Iterator[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def _lists(pieces: Sequence[Row], mode: str) -> dict[str, float]:
-    """Return what lists are like, means over seeds; {} where a piece is older than that."""
-    told = [piece.get("lists", {}).get(mode) for piece in pieces]
-    return beyond_accuracy.mean_of(told) if all(told) else {}
+def _lists(pieces: Sequence[Row], mode: str) -> dict[str, Any]:
+    """Return what lists are like, means over the seeds whose pieces know it; {} if none does."""
+    told = {piece["seed"]: piece["lists"][mode] for piece in pieces if "lists" in piece}
+    return {"seeds": [*told], **beyond_accuracy.mean_of([*told.values()])} if told else {}
 
 
 def _command(pieces: Sequence[Row]) -> str:
@@ -272,7 +272,7 @@ def _protocol(found: Mapping[str, Any]) -> list[str]:
         "by Holm over all tests of its table. The sign-flip test stands in `quality.json`. The "
         "tests know users, not seeds.\n"
         "- **First ten places.** What all lists together are like (docs/evaluation.md defines "
-        "each); older rows do not know it.\n"
+        "each); older pieces do not know it.\n"
         "- **Seconds.** Wall time of one seed: fitting (for generators vectors, semantic IDs and "
         "training; parts that another seed had made already are not counted twice) and ranking "
         "all test users once. Machines were shared, so take them as upper bounds.\n"
@@ -310,11 +310,11 @@ def _list_table(rows: Sequence[Row]) -> str:
     if not told:
         return ""
     names = [*beyond_accuracy.PRINTED, LIFT]
-    heads = ["first ten places", *beyond_accuracy.PRINTED.values(), "lift over the history's"]
+    heads = ["first ten places", "seeds", *beyond_accuracy.PRINTED.values(), LIFT_SHOWN]
     lines = [heads, ["---"] * len(heads)]
     for row in told:
         shown = beyond_accuracy.printed(row["lists"], names)
-        lines.append([row["name"], *shown])
+        lines.append([row["name"], str(len(row["lists"]["seeds"])), *shown])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

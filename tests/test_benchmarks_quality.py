@@ -163,6 +163,7 @@ def test_the_table_adds_pieces_up(tiny: None, folder: Path, tmp_path: Path) -> N
     assert (tmp_path / "docs" / "quality-rings.svg").read_text().startswith("<svg xmlns=")
     each = [piece["lists"]["unmasked"]["coverage"] for piece in pieces]
     assert sasrec["lists"]["coverage"] == pytest.approx(np.mean(each))
+    assert sasrec["lists"]["seeds"] == [1, 2]
     assert text.count("| first ten places |") == 2 and f"| {np.mean(each):.3f} |" in text
 
 
