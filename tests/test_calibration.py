@@ -174,7 +174,15 @@ def test_scores_without_information_end_at_the_bound_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING, logger="genrec"):
         fitted = TemperatureCalibrator().fit(logprobs, np.full(200, -1), np.full(200, 3))
     assert fitted.temperature == pytest.approx(20, rel=1e-3)
-    assert "end of its range" in caplog.text
+    assert "end of its range" in caplog.text and "hardly predict" in caplog.text
+
+
+def test_scores_that_are_always_right_end_at_the_other_bound(caplog):
+    logprobs = np.log(np.tile([0.6, 0.3], (200, 1)))
+    with caplog.at_level(logging.WARNING, logger="genrec"):
+        fitted = TemperatureCalibrator().fit(logprobs, np.zeros(200, int), np.full(200, 3))
+    assert fitted.temperature == pytest.approx(0.05, rel=1e-3)
+    assert "nearly every target first" in caplog.text and "hardly" not in caplog.text
 
 
 def test_state_is_json_and_restores_the_same_probabilities():

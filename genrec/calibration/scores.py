@@ -158,13 +158,18 @@ class TemperatureCalibrator(Calibrator):
         identity = target_nll(logprobs_Uk, rank_U, num_rest_U, 1.0).mean()
         # The search may stop a hair beside an optimum at 1; never end worse than the identity.
         self.temperature = float(np.exp(found.x)) if found.fun < identity else 1.0
-        if min(abs(np.log(self.temperature) - bounds)) < 1e-4:
+        to_end_2 = abs(np.log(self.temperature) - bounds)
+        if min(to_end_2) < 1e-4:
             _log.warning(
-                "calibrator: the temperature %.3g lies at the end of its range [%g, %g]. The "
-                "scores hardly predict the target; check the model before trusting probabilities.",
+                "calibrator: the temperature %.3g lies at the end of its range [%g, %g]. %s before "
+                "trusting probabilities.",
                 self.temperature,
                 self.config.min_temperature,
                 self.config.max_temperature,
+                "The scores hardly predict the target; check the model"
+                if to_end_2[1] < to_end_2[0]
+                else "The scores put nearly every target first, so certainty would fit better "
+                "still; check whether something tells the targets (genrec audit)",
             )
         return self
 
