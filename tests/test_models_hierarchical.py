@@ -246,6 +246,21 @@ def test_negatives_are_for_the_softmax_over_all_items():
         backbone(CODES, items_from=1, num_negatives=4)
 
 
+class TestContentThatFades(BackboneContract):
+    backbone = Hierarchical
+    options: ClassVar = {**SMALL, "items_from": 1, "content": True, "content_half_at": 1.0}
+    test_probabilities_of_all_codes_sum_to_one = None
+    test_a_shared_vocabulary_means_the_same_at_every_level = None
+    test_state_dict_round_trip = None
+
+    def make(self, **changes) -> Hierarchical:
+        model = super().make(**changes)
+        num_items = len(model.tokens_NL)
+        model.start_from(Catalog.from_vectors(vectors_of(num_items)))
+        model.meet_items(np.arange(num_items) % 3)
+        return model
+
+
 class TestContent(BackboneContract):
     backbone = Hierarchical
     options: ClassVar = {**SMALL, "item_vectors": False, "items_from": 0, "content": True}
@@ -282,6 +297,32 @@ def test_content_is_a_linear_map_of_standardized_vectors(tmp_path):
     batch = pad_histories(HISTORIES, MAX_HISTORY)
     with torch.no_grad():
         assert torch.equal(loaded.begin(batch)[0], model.begin(batch)[0])
+
+
+@torch.no_grad()
+def test_items_that_are_well_known_keep_less_of_their_content(tmp_path):
+    settings = {"items_from": 1, "content": True, "item_vectors": False, "content_half_at": 2.0}
+    model = backbone(CODES, **settings)
+    with pytest.raises(UserError, match=r"has not taken in item vectors"):
+        model.meet_items(np.ones(len(CODES), dtype=int))
+    model.start_from(Catalog.from_vectors(vectors_of(len(CODES)), CODES.item_ids))
+    rows = torch.arange(len(CODES))
+    codes_ND = model.embedding(model.tokens_NL).sum(1)
+    whole_ND = model.item_vectors(rows) - codes_ND
+    counts_N = np.arange(len(CODES)) % 5
+    model.meet_items(counts_N)
+    share_N1 = torch.tensor([2 / (2 + count) for count in counts_N.tolist()])[:, None]
+    found_ND = model.item_vectors(rows) - codes_ND
+    torch.testing.assert_close(found_ND, whole_ND * share_N1)
+    some = torch.tensor([[4, 0], [7, 3]])
+    model.train()
+    torch.testing.assert_close(model.item_vectors(some), model.eval().item_vectors(some))
+    save_model(tmp_path / "m", model, CODES)
+    loaded = load_model(tmp_path / "m", CODES)
+    assert torch.equal(loaded.item_vectors(rows), model.item_vectors(rows))
+    loaded.meet_items((counts_N == 0) * 2, more=True)  # training goes on with what is new
+    share_N1[counts_N == 0] = 0.5
+    torch.testing.assert_close(loaded.content.share_N1, share_N1)
 
 
 @pytest.mark.parametrize("vectors", [None, vectors_of(39)], ids=["none", "too few"])

@@ -186,11 +186,11 @@ class Backbone(nn.Module, ABC):
         """Whether `Batch.times_BH` changes what the model answers."""
         return False
 
-    def meet_items(self, consumed_N: np.ndarray, *, more: bool = False) -> None:
-        """Take in which items the training data know, before training; the default does not.
+    def meet_items(self, counts_N: np.ndarray, *, more: bool = False) -> None:
+        """Take in how well the training data know items, before training; the default does not.
 
         Args:
-            consumed_N: bool, whether anyone consumed the item in training.
+            counts_N: int, training interactions of each item.
             more: items that were met before stay met: training goes on.
         """
 

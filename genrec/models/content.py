@@ -20,25 +20,46 @@ class Content(nn.Module):
             is known of.
         width: D.
         spread: standard deviation of what comes out at the start.
+        half_at: interactions after which an item keeps half of its content; None: always all.
     """
 
     vectors_NE: Tensor
+    share_N1: Tensor
+    """What an item keeps of its content, 0 to 1; only with `half_at`."""
 
-    def __init__(self, vectors_NE: Tensor, width: int, spread: float) -> None:
+    def __init__(
+        self, vectors_NE: Tensor, width: int, spread: float, *, half_at: float | None = None
+    ) -> None:
         super().__init__()
+        self.half_at = half_at
         self.register_buffer("vectors_NE", vectors_NE)
+        if half_at is not None:
+            self.register_buffer("share_N1", torch.ones(len(vectors_NE), 1))
         self.projection = nn.Linear(vectors_NE.shape[1], width, bias=False)
         nn.init.normal_(self.projection.weight, std=spread / vectors_NE.shape[1] ** 0.5)
+
+    @torch.no_grad()
+    def meet_items(self, counts_N: Tensor, *, more: bool = False) -> None:
+        """Take in how often items were consumed in training: n times leave half_at / (half_at + n).
+
+        Args:
+            counts_N: interactions of each item.
+            more: training goes on: no item gets back what it had lost.
+        """
+        if self.half_at is None:
+            return
+        share_N1 = self.half_at / (self.half_at + counts_N.to(self.share_N1)[:, None])
+        self.share_N1.copy_(torch.minimum(share_N1, self.share_N1) if more else share_N1)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return the vectors of items, (...) -> (..., D)."""
         mapped: Tensor = self.projection(self.vectors_NE[rows])
-        return mapped
+        return mapped if self.half_at is None else mapped * self.share_N1[rows]
 
     def table(self) -> Tensor:
         """Return the vectors of all items, (N, D)."""
         mapped_ND: Tensor = self.projection(self.vectors_NE)
-        return mapped_ND
+        return mapped_ND if self.half_at is None else mapped_ND * self.share_N1
 
 
 def standardized(vectors_NE: Tensor) -> Tensor:

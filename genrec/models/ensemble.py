@@ -178,10 +178,10 @@ class Ensemble(Backbone):
         """Whether times change what the members answer."""
         return self.members[0].reads_times
 
-    def meet_items(self, consumed_N: np.ndarray, *, more: bool = False) -> None:
-        """Let every member take in which items the training data know."""
+    def meet_items(self, counts_N: np.ndarray, *, more: bool = False) -> None:
+        """Let every member take in how well the training data know items."""
         for member in self.members:
-            member.meet_items(consumed_N, more=more)
+            member.meet_items(counts_N, more=more)
 
     def meet_users(self, users: Sequence[str], has_history_U: np.ndarray) -> None:
         """Let every member take in the users of the training data."""

@@ -42,6 +42,10 @@ class ItemVectorsConfig(ItemPositionsConfig):
     """Add a linear map, learned, of the vector that the item's features gave: items with like texts
     then help one another, rare and new ones most. Features made of interactions are left out: they
     know the training targets, so a model would lean on them and be wrong on new ones."""
+    content_half_at: float | None = Field(default=None, gt=0)
+    """Training interactions after which an item keeps half of its content: with h, an item that was
+    consumed n times keeps h / (h + n) of it. The more is known of an item by itself, the less its
+    text can add. None: all of it, always."""
 
     @property
     def needs_vectors(self) -> bool:
@@ -59,7 +63,12 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
     """A backbone from scratch with a vector per item; see the module's text."""
 
     config: ItemVectorsConfig
-    item_tables: ClassVar[tuple[str, ...]] = ("own.weight", "consumed_N1", "content.vectors_NE")
+    item_tables: ClassVar[tuple[str, ...]] = (
+        "own.weight",
+        "consumed_N1",
+        "content.vectors_NE",
+        "content.share_N1",
+    )
     own: nn.Embedding
     consumed_N1: Tensor
     content: Content
@@ -92,8 +101,7 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         """Build a backbone that saved weights are loaded into; see `Backbone.for_saved`."""
         model = super().for_saved(config, index, facts, base=base)
         if config.content:
-            vectors_NE = torch.zeros(len(index), facts["vector_width"])
-            model.content = Content(vectors_NE, config.d_model, config.init_std)
+            model.content = model._new_content(torch.zeros(len(index), facts["vector_width"]))
         return model
 
     def start_from(self, catalog: Catalog) -> None:
@@ -113,14 +121,21 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
                 "(`features`), or set model.content=false."
             )
         vectors_NE = torch.from_numpy(np.asarray(described_NE, dtype=np.float32))
-        content = Content(standardized(vectors_NE), self.config.d_model, self.config.init_std)
-        self.content = content.to(self.device)
+        self.content = self._new_content(standardized(vectors_NE)).to(self.device)
 
-    def meet_items(self, consumed_N: np.ndarray, *, more: bool = False) -> None:
-        """Take in which items someone consumed; see `Backbone.meet_items`."""
+    def _new_content(self, vectors_NE: Tensor) -> Content:
+        config = self.config
+        half_at = config.content_half_at
+        return Content(vectors_NE, config.d_model, config.init_std, half_at=half_at)
+
+    def meet_items(self, counts_N: np.ndarray, *, more: bool = False) -> None:
+        """Take in how often items were consumed; see `Backbone.meet_items`."""
+        found_N = torch.from_numpy(counts_N).to(self.device)
         if self.config.item_vectors or self.config.consumed_only:
-            met_N1 = torch.from_numpy(consumed_N)[:, None].to(self.consumed_N1.device)
+            met_N1 = found_N[:, None] > 0
             self.consumed_N1.copy_(met_N1 | self.consumed_N1 if more else met_N1)
+        if self.config.content:
+            self._content().meet_items(found_N, more=more)
 
     def item_representations(self, rows: Tensor) -> Tensor:
         """Return the items' vectors; see `Backbone.item_representations`."""
@@ -145,7 +160,7 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         weights += [self.own.weight, self.consumed_N1] if self.config.item_vectors else []
         if self.config.content:
             content = self._content()
-            weights += [content.projection.weight, content.vectors_NE]
+            weights += [content.projection.weight, *content.buffers()]
         now = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in weights)
         if self._made_table is None or self._made_table[0] != now:
             self._made_table = now, self._made(None)

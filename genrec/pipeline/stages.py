@@ -222,8 +222,8 @@ def train(
     training = dataset.interactions.training()
     model.meet_users(training.user_names, np.diff(training.offsets) > 0)
     trainer.start(model, index, dataset.catalog if catalog is None else catalog)
-    consumed_N = np.bincount(training.item_rows, minlength=len(index)) > 0
-    model.meet_items(consumed_N, more=trainer.goes_on)
+    counts_N = np.bincount(training.item_rows, minlength=len(index))
+    model.meet_items(counts_N, more=trainer.goes_on)
     model.to(accelerator.device)
     constraint = CSRIndex.from_index(index).to(accelerator.device)
     examples = trainer.examples(model, training)
