@@ -277,7 +277,8 @@ def _protocol(found: Mapping[str, Any]) -> list[str]:
         "training; parts that another seed had made already are not counted twice) and ranking "
         "all test users once. Machines were shared, so take them as upper bounds.\n"
         f"- **Where and when.** {'; '.join(machines)}. {', '.join(dates)}. Commit "
-        f"{', '.join(f'`{commit[:12]}`' for commit in commits)}{dirty}.",
+        f"{', '.join(f'`{commit[:12]}`' for commit in commits)}{dirty}; a command repeats its "
+        "row at the commit beside it: `genrec.yaml` changes.",
     ]
 
 
@@ -321,7 +322,8 @@ def _list_table(rows: Sequence[Row]) -> str:
 def _command_list(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
-        lines.append(f"- {row['name']}: `{row['command']}`")
+        commits = ", ".join(f"`{commit[:12]}`" for commit in row["commits"])
+        lines.append(f"- {row['name']}: `{row['command']}` (at {commits})")
         if row["run_command"]:
             lines.append(f"  (the model alone: `{row['run_command']}`)")
     return "\n".join(lines)
