@@ -104,7 +104,7 @@ GENERATORS: dict[str, dict[str, Any]] = {
     },
     "tiger-small": {**_SMALL, "tokenizer": {"name": "rqvae"}},
     "letter-small": {**_SMALL, "tokenizer": {"name": "letter"}},
-    # The default generator's codes and training under another backbone: no content, no repeat bias.
+    # The default's features and training under another backbone: no content, no repeat bias.
     "decoder-only": {
         **_MANY_CODES,
         "model": {

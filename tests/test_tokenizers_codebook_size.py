@@ -44,6 +44,13 @@ def test_codes_are_halved_until_each_has_enough_items(settings, least, expected)
 
 
 @pytest.mark.parametrize("settings", QUANTIZERS, ids=lambda settings: settings["name"])
+def test_a_second_fit_decides_anew(settings):
+    tokenizer = make(**settings, codebook_size=16, min_items_per_code=8)
+    assert tokenizer.fit(cloud(40)).codebook_sizes == (4, 4)
+    assert tokenizer.fit(cloud(200)).codebook_sizes == (16, 16)
+
+
+@pytest.mark.parametrize("settings", QUANTIZERS, ids=lambda settings: settings["name"])
 def test_what_was_decided_is_saved_and_told(settings, tmp_path, caplog):
     catalog = cloud(40)
     with caplog.at_level("INFO"):

@@ -44,8 +44,8 @@ class ItemVectorsConfig(ItemPositionsConfig):
     know the training targets, so a model would lean on them and be wrong on new ones."""
     content_half_at: float | None = Field(default=None, gt=0)
     """Training interactions after which an item keeps half of its content: with h, an item that was
-    consumed n times keeps h / (h + n) of it. The more is known of an item by itself, the less its
-    text can add. None: all of it, always."""
+    consumed n times keeps h / (h + n) of it, whoever is new all of it. None: all of it, always.
+    Without `content` it changes nothing."""
 
     @property
     def needs_vectors(self) -> bool:

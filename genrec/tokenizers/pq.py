@@ -103,6 +103,7 @@ class PQ(ItemTokenizer):
 
     def __init__(self, config: Settings) -> None:
         super().__init__(config)
+        self._asked = config  # before `fit` chose the codebook size
         self._space: Space | None = None
         self._codebooks: list[FloatArray] = []
 
@@ -115,7 +116,7 @@ class PQ(ItemTokenizer):
         Raises:
             UserError: fewer different vectors than codes, or vectors too narrow for the settings.
         """
-        self.config = config = self.config.for_items(len(catalog))
+        self.config = config = self._asked.for_items(len(catalog))
         inputs = checked_vectors(catalog, normalize=config.normalize)
         require_distinct(inputs, config.codebook_size)
         width = _width(inputs.shape[1], config)

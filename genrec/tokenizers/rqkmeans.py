@@ -74,6 +74,7 @@ class RQKMeans(ItemTokenizer):
 
     def __init__(self, config: RQKMeans.Config) -> None:
         super().__init__(config)
+        self._asked = config  # before `fit` chose the codebook size
         self._codebooks: list[FloatArray] = []
         self._assigned = _Assigned.none(config.num_levels)
 
@@ -86,7 +87,7 @@ class RQKMeans(ItemTokenizer):
         Raises:
             UserError: fewer different vectors than codes.
         """
-        self.config = config = self.config.for_items(len(catalog))
+        self.config = config = self._asked.for_items(len(catalog))
         inputs = self.inputs(catalog)
         require_distinct(inputs, config.codebook_size)
         residuals = inputs.copy()

@@ -113,6 +113,7 @@ class RQVAE(ItemTokenizer):
 
     def __init__(self, config: RQVAE.Config) -> None:
         super().__init__(config)
+        self._asked = config  # before `fit` chose the codebook size
         self._network: Network | None = None
         self.history: dict[str, list[float]] = {name: [] for name in self._loss_names()}
         """Loss and its unweighted parts per epoch (means over items), in order."""
@@ -129,7 +130,7 @@ class RQVAE(ItemTokenizer):
             TrainingError: the loss became NaN or infinite.
         """
         order = np.argsort(np.array(catalog.item_ids, dtype=str), kind="stable")
-        self.config = self.config.for_items(len(catalog))
+        self.config = self._asked.for_items(len(catalog))
         inputs = checked_vectors(catalog, normalize=self.config.normalize)[order]
         require_distinct(inputs, self.config.codebook_size)
         device = choose_device()
