@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := $(VENV)/constraints.txt
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 QUICK_FLAG := $(if $(filter-out 0,$(QUICK)),--quick)
-BENCHMARKS ?= $(filter-out common loops quality quality_rows quality_table,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
+BENCHMARKS ?= $(filter-out common loops quality%,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check install bench wheel clean

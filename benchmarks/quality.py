@@ -5,9 +5,11 @@ for every test user, with seen items kept in and left out. Each piece is a proce
 leaves two files, so that a long table can be made in any order and go on after a stop; the table is
 made of whatever pieces there are (`benchmarks/quality_table.py`).
 
-    python -m benchmarks.quality row ROW --data DATASET --seed 1 --out FOLDER
-    python -m benchmarks.quality table --out FOLDER --write docs/results
+    python -m benchmarks.quality row ROW --data DATASET --seed 1
+    python -m benchmarks.quality table
     python -m benchmarks.quality many --rows genrec,tiger --seeds 1,2,3 --data DATASET --minutes 9
+
+Pieces go to docs/results/pieces (`--out` names another folder); they are part of the repository.
 
 Shapes: U users, N items.
 """
@@ -25,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
-from benchmarks import common, quality_many, quality_table
+from benchmarks import common, quality_many, quality_pieces, quality_table
+from benchmarks.quality_pieces import METRICS, SEEN, Values
 from benchmarks.quality_rows import BASELINES, SOURCES, Order, row_names
-from benchmarks.quality_table import METRICS
 from genrec import runtime
-from genrec.artifacts import Artifact, atomic_file, write_json_atomic
+from genrec.artifacts import Artifact, write_json_atomic
 from genrec.bundle import mode_name
 from genrec.cli.common import DEFAULT_CACHE
 from genrec.config import load_yaml
@@ -39,7 +40,7 @@ from genrec.configs_folder import find_config
 from genrec.data import Dataset
 from genrec.data.interactions import Examples
 from genrec.errors import GenrecError, UserError
-from genrec.evaluation import beyond_accuracy, metrics
+from genrec.evaluation import beyond_accuracy
 from genrec.evaluation.beyond_accuracy import Surroundings
 from genrec.evaluation.evaluator import DEFAULT_KS, evaluate_scores
 from genrec.evaluation.runs import PROTOCOL
@@ -48,10 +49,9 @@ from genrec.models.baselines import TRAINED, Baseline, make_baselines
 from genrec.pipeline import listing, results
 from genrec.pipeline.run import LOCAL, Run
 
-RANK = "rank"  # of the target, from 0, halves where it is tied; -1: not found
+PIECES = Path("docs/results/pieces")
+LOGS = Path("runs/quality")
 _FIT_STAGES = ("embed", "tokenize", "index", "train")
-
-Values = dict[str, np.ndarray]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Piece:
 
     Args:
         user_rows: (U,) of the test users.
-        values: by mode, metric -> (U,); `rank` is the target's place from 0, -1 = not found.
+        values: by mode, metric -> (U,).
         validation: NDCG@10 of all validation targets, seen items kept in.
         seconds_fit: wall time.
         seconds_rank: wall time by mode.
@@ -91,7 +91,7 @@ def fit_baseline(settings: dict[str, Any], dataset: Dataset, seed: int) -> Piece
     test = dataset.interactions.examples("test")
     around = _surroundings(dataset)
     values, seconds, lists = {}, {}, {}
-    for masked in (False, True):
+    for masked in SEEN:
         mode = mode_name(masked)
         begun = time.perf_counter()
         values[mode], rows_Uk = _ranked(model, test, masked)
@@ -108,17 +108,10 @@ def _surroundings(dataset: Dataset) -> Surroundings:
 
 
 def _ranked(model: Baseline, examples: Examples, masked: bool) -> tuple[Values, np.ndarray]:
-    """Return metrics and expected rank per user, and the first places (U, k).
-
-    The rank follows from the uncut MRR.
-    """
-    ks = (*DEFAULT_KS, model.num_items)
+    """Return metrics per user, and the first places (U, k)."""
     rows_Uk = np.full((len(examples), beyond_accuracy.DEPTH), -1, np.int32)
-    found = evaluate_scores(model.scores, examples, ks=ks, mask_seen=masked, out_rows=rows_Uk)
-    inverse_U = found[f"mrr@{model.num_items}"]
-    place_U = np.round(2 * (1 / np.where(inverse_U > 0, inverse_U, 1) - 1)) / 2  # halves: ties
-    values = {name: found[name] for name in METRICS}
-    return {**values, RANK: np.where(inverse_U > 0, place_U, metrics.ABSENT)}, rows_Uk
+    found = evaluate_scores(model.scores, examples, mask_seen=masked, out_rows=rows_Uk)
+    return {name: found[name] for name in METRICS}, rows_Uk
 
 
 def fit_generator(run: Run, dataset: Dataset) -> Piece:
@@ -160,10 +153,8 @@ def fit_generator(run: Run, dataset: Dataset) -> Piece:
 
 
 def _listed(artifact: Artifact) -> Values:
-    lists, targets_U = listing.read_lists(artifact)
     values = listing.list_values(artifact, DEFAULT_KS)
-    rank_U = metrics.ranks_in_lists(lists.rows, targets_U).astype(np.float64)
-    return {**{name: values[name] for name in METRICS}, RANK: rank_U}
+    return {name: values[name] for name in METRICS}
 
 
 def _search_seconds(artifact: Artifact) -> float:
@@ -175,7 +166,13 @@ def _search_seconds(artifact: Artifact) -> float:
 
 
 def make_piece(
-    order: Order, out: Path, cache: Path, *, device: str | None = None, again: bool = False
+    order: Order,
+    out: Path,
+    cache: Path,
+    *,
+    logs: Path = LOGS,
+    device: str | None = None,
+    again: bool = False,
 ) -> Path:
     """Make one piece, or find it finished; return its JSON file.
 
@@ -183,6 +180,7 @@ def make_piece(
         order: what is wanted; without a name, the data set's own is taken.
         out: folder of all pieces.
         cache: stage cache of runs.
+        logs: folder of what training writes on its way.
         device: torch device name; None chooses.
         again: replace a finished piece.
 
@@ -195,8 +193,8 @@ def make_piece(
     if path.is_file() and not again:
         _check_same(path, order, dataset.fingerprint)
         return path
-    logs = out / order.name / "logs" / f"{order.row}-{order.seed}"
-    run = Run(order.config, out=logs, cache=cache, device=device)
+    here = logs / order.name / f"{order.row}-{order.seed}"
+    run = Run(order.config, out=here, cache=cache, device=device)
     with runtime.default_device(run.accelerator.device):
         if order.row in BASELINES:
             piece = fit_baseline(order.settings, dataset, order.seed)
@@ -219,17 +217,9 @@ def _check_same(path: Path, order: Order, fingerprint: str) -> None:
 
 def _write(path: Path, piece: Piece, order: Order, dataset: Dataset, run: Run) -> None:
     """Write the values and then the JSON: a piece with a JSON file is whole."""
-    flags = {"name": order.row, "seed": order.seed}
-    tables = [
-        results.per_user_table(
-            piece.user_rows, piece.values[mode_name(masked)], masked=masked, **flags
-        )
-        for masked in (False, True)
-    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    with atomic_file(path.with_suffix(".parquet")) as temporary:
-        pl.concat(tables).write_parquet(temporary)
+    quality_pieces.write_values(path.with_suffix(".parquet"), piece.user_rows, piece.values)
     protocol = results.protocol(run.config, dataset)
     write_json_atomic(
         path,
@@ -238,6 +228,7 @@ def _write(path: Path, piece: Piece, order: Order, dataset: Dataset, run: Run) -
             "seed": order.seed,
             "dataset": {**results.dataset_facts(dataset), "name": order.name},
             "protocol": {key: protocol[key] for key in PROTOCOL},
+            "test_users": quality_pieces.runs_of(piece.user_rows),
             "metrics": {
                 mode: {metric: float(values[metric].mean()) for metric in METRICS}
                 for mode, values in piece.values.items()
@@ -286,8 +277,10 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--threads", type=int, default=1, help="CPU threads of each")
     table = commands.add_parser("table", help="make the table of all pieces")
     table.add_argument("--write", type=Path, default=Path("docs/results"), help="folder")
+    for command in (row, many):
+        command.add_argument("--logs", type=Path, default=LOGS, help="what training writes")
     for command in (row, many, table):
-        command.add_argument("--out", type=Path, required=True, help="folder of the pieces")
+        command.add_argument("--out", type=Path, default=PIECES, help="folder of the pieces")
     return parser
 
 
@@ -313,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Order(arguments.row, arguments.seed, data, arguments.name or ""),
         arguments.out,
         arguments.cache,
+        logs=arguments.logs,
         device=arguments.device,
         again=arguments.again,
     )
@@ -325,6 +319,7 @@ def _many(arguments: argparse.Namespace) -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     wanted = quality_many.pieces(arguments.rows.split(","), arguments.data, seeds)
     options = ["--out", str(arguments.out), "--cache", str(arguments.cache)]
+    options += ["--logs", str(arguments.logs)]
     options += ["--threads", str(arguments.threads)]
     options += ["--device", arguments.device] if arguments.device else []
     limits = {"minutes": arguments.minutes, "processes": arguments.processes}

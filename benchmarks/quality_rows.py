@@ -20,6 +20,13 @@ from genrec.pipeline.config import RunConfig, check_run_config
 
 CONFIG = "genrec"  # configs/genrec.yaml
 SOURCES = ("demo",)  # ready configurations whose `data` section may be named instead of a folder
+_BEAUTY = "genrec prepare sequences FOLDER --columns brand,categories"
+PREPARED = {
+    "amazon-beauty": _BEAUTY,
+    "amazon-beauty-shuffled": f"{_BEAUTY} --ties hash --name amazon-beauty-shuffled",
+    "amazon-beauty-6500": f"{_BEAUTY} --sample-users 6500 --name amazon-beauty-6500",
+}
+"""Data set of the table -> what made it of S3-Rec's files (`--out` left out)."""
 
 _SASREC = {
     "name": "sasrec",

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from benchmarks import quality, quality_many, quality_rows, quality_table
+from benchmarks import quality, quality_many, quality_pieces, quality_rows, quality_table
 from benchmarks.quality_rows import Order
 from genrec.cli import main
 from genrec.configs_folder import find_config
@@ -50,7 +50,14 @@ def make(
     folder: Path, tmp_path: Path, row: str, seed: int = 0, name: str = "", **more: Any
 ) -> Path:
     order = Order(row, seed, {"dataset": str(folder)}, name)
-    return quality.make_piece(order, tmp_path / "out", tmp_path / "cache", device="cpu", **more)
+    return quality.make_piece(
+        order,
+        tmp_path / "out",
+        tmp_path / "cache",
+        logs=tmp_path / "logs",
+        device="cpu",
+        **more,
+    )
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -88,14 +95,15 @@ def test_mistakes_in_an_order_are_named() -> None:
         _ = Order("markov", 0, {}, "").config
 
 
-def test_a_counting_piece_holds_metrics_and_ranks(folder: Path, tmp_path: Path) -> None:
+def test_a_counting_piece_holds_what_every_user_earned(folder: Path, tmp_path: Path) -> None:
     path = make(folder, tmp_path, "markov")
     told, data = read(path), Dataset.load(folder)
     assert path == tmp_path / "out" / data.name / "markov-0.json"
     assert told["command"] == "python -m benchmarks.quality row markov --data rings"
     assert str(tmp_path) not in path.read_text() and told["seconds_fit"] >= 0
     assert {"commit", "cpu", "torch"} <= {*told["git"], *told["machine"], *told["versions"]}
-    table = pl.read_parquet(path.with_suffix(".parquet"))
+    table = quality_pieces.read_values(path.with_suffix(".parquet"), told)
+    assert table.select("name", "seed").unique().rows() == [("markov", 0)]
     model = Markov().fit(data.interactions.training())
     for masked, mode in ((False, "unmasked"), (True, "masked")):
         test = data.interactions.examples("test")
@@ -105,10 +113,33 @@ def test_a_counting_piece_holds_metrics_and_ranks(folder: Path, tmp_path: Path) 
         for metric in quality_table.METRICS:
             assert np.array_equal(mine[metric].to_numpy(), expected[metric])
             assert told["metrics"][mode][metric] == pytest.approx(expected[metric].mean())
-        rank = mine["rank"].to_numpy()
-        assert np.array_equal((rank >= 0) & (rank < 5), expected["recall@5"] == 1)
-        assert np.allclose(1 / (rank + 1), evaluate_scores(
-            model.scores, test, ks=(24,), mask_seen=masked)["mrr@24"])  # fmt: skip
+    hits = pl.read_parquet(path.with_suffix(".parquet"))
+    assert len(hits) == (table["recall@10"] > 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("rows", "runs"),
+    [([], []), ([4], [[4, 5]]), ([0, 1, 2], [[0, 3]]), ([1, 2, 5, 7, 8], [[1, 3], [5, 6], [7, 9]])],
+)
+def test_users_are_written_as_runs(rows: list[int], runs: list[list[int]]) -> None:
+    assert quality_pieces.runs_of(np.array(rows, np.int64)) == runs
+    assert quality_pieces.rows_of(runs).tolist() == rows
+
+
+def test_users_without_a_hit_come_back_as_zeros(tmp_path: Path) -> None:
+    users = np.array([3, 4, 9])
+    earned = {metric: np.array([0.0, 0.5, 0.0]) for metric in quality_table.METRICS}
+    nothing = {metric: np.zeros(3) for metric in quality_table.METRICS}
+    path = tmp_path / "piece.parquet"
+    quality_pieces.write_values(path, users, {"unmasked": earned, "masked": nothing})
+    assert len(pl.read_parquet(path)) == 1
+    told = {"row": "r", "seed": 7, "test_users": quality_pieces.runs_of(users)}
+    table = quality_pieces.read_values(path, told)
+    for masked, expected in ((False, earned), (True, nothing)):
+        mine = table.filter(pl.col("masked") == masked)
+        assert mine["user_row"].to_list() == [3, 4, 9]
+        for metric in quality_table.METRICS:
+            assert mine[metric].to_list() == expected[metric].tolist()
 
 
 def test_a_finished_piece_is_made_again_only_when_told(
@@ -165,6 +196,37 @@ def test_the_table_adds_pieces_up(tiny: None, folder: Path, tmp_path: Path) -> N
     assert sasrec["lists"]["coverage"] == pytest.approx(np.mean(each))
     assert sasrec["lists"]["seeds"] == [1, 2]
     assert text.count("| first ten places |") == 2 and f"| {np.mean(each):.3f} |" in text
+
+
+def test_a_row_without_a_piece_stays_as_it_was(
+    tiny: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [make(folder, tmp_path, row, name="rings") for row in ("markov", "item_knn")]
+    documents = ["--out", str(tmp_path / "out"), "--write", str(tmp_path / "docs")]
+    quality.main(["table", *documents])
+    before = read(tmp_path / "docs" / "quality.json")
+    for path in (rows[1], rows[1].with_suffix(".parquet")):
+        path.unlink()
+    sasrec = make(folder, tmp_path, "sasrec-sampled", 1, name="rings")
+    quality.main(["table", *documents])
+    found = read(tmp_path / "docs" / "quality.json")
+    assert [row["name"] for row in found["rows"][:3]] == ["item_knn", "markov", "sasrec-sampled"]
+    kept, markov, _ = found["rows"][:3]
+    old = next(row for row in before["rows"] if row["name"] == "item_knn")
+    assert kept == {**old, "pieces": False} and markov["pieces"]
+    assert "vs_sasrec-sampled" in markov and "vs_sasrec-sampled" not in kept
+    assert "item_knn" not in found["not_run"]["rings"]
+    text = (tmp_path / "docs" / "quality.md").read_text(encoding="utf-8")
+    assert "| item_knn° |" in text and "| markov |" in text and "**°**" in text
+    quality.main(["table", *documents])  # again: nothing changes
+    assert read(tmp_path / "docs" / "quality.json") == found
+    # Of other data: not mixed.
+    ring(num_items=24, num_users=30, length=6).save(tmp_path / "other")
+    make(tmp_path / "other", tmp_path, "markov", name="rings", again=True)
+    for path in (sasrec, sasrec.with_suffix(".parquet")):
+        path.unlink()
+    with pytest.raises(MismatchError, match=r"item_knn on rings has no piece, and was made with"):
+        quality.main(["table", *documents])
 
 
 def test_lists_are_described_as_a_run_describes_them(
