@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 from genrec import assets
 from genrec.config import parse_component
 from genrec.data import Catalog
-from genrec.errors import AssetError, ConfigError, DataError
+from genrec.data.synthetic import ring
+from genrec.errors import AssetError, ConfigError, DataError, UserError
 from genrec.features import FEATURES
 from genrec.features.sentence_encoder import SentenceEncoder, available
 
@@ -167,6 +168,20 @@ def test_auto_falls_back_to_lsa_and_says_why(messages, monkeypatch):
     assert "lsa" in messages.text and "no encoder on this machine" in messages.text
     catalog = films()
     assert np.array_equal(auto.embed(catalog), make("lsa", columns=["title"]).embed(catalog))
+
+
+def test_auto_is_co_occurrence_where_no_item_has_a_text(messages):
+    data = ring(num_items=12, num_users=20, length=5)
+    catalog = Catalog(data.catalog.table.select("item_id"))
+    auto, described = make("auto"), make("auto", columns=["title"])
+    assert described.for_catalog(films()) is described and not messages.text
+    chosen = auto.for_catalog(catalog)
+    assert chosen.config == make("collaborative").config
+    assert "features: collaborative, because none of 12 items has a text" in messages.text
+    training = data.interactions.training()
+    assert np.array_equal(auto.embed(catalog, training), chosen.embed(catalog, training))
+    with pytest.raises(UserError, match=r"interactions"):
+        auto.embed(catalog)
 
 
 # -- file -------------------------------------------------------------------------------------

@@ -222,6 +222,21 @@ def test_an_item_without_anything_has_the_zero_vector(tmp_path):
         assert (found[1] == 0).all() and found[[0, 2, 3]].any(axis=1).all()
 
 
+def test_a_fusion_does_without_auto_where_no_item_has_a_text():
+    silent = Catalog(DATA.catalog.table.select("item_id"))
+    around = {"name": "collaborative", "width": 8}
+    fusion = make("fusion", parts=["auto", around], weights=[0.3, 0.7])
+    described = make("fusion", parts=["lsa", around])
+    assert described.for_catalog(silent) is described  # chosen by name: it says what is wrong
+    titled = Catalog(silent.table.with_columns(title=pl.lit("a word")))
+    assert fusion.for_catalog(titled) is fusion
+    left = fusion.for_catalog(silent)
+    assert left.config.parts == (make(**around).config.to_dict(),) and left.config.weights == (0.7,)
+    assert left.embed(silent, TRAINING).shape == (120, 8)
+    alone = make("fusion", parts=["auto"], weights="equal").for_catalog(silent)
+    assert [part["name"] for part in alone.config.parts] == ["collaborative"]
+
+
 def test_parts_are_resolved_and_what_they_need_is_passed_on(tmp_path):
     part = as_file(tmp_path, "text", VECTORS)
     fusion = make("fusion", parts=[part, {"name": "collaborative", "width": 8}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
 import numpy as np
@@ -342,8 +343,27 @@ def test_content_leaves_out_what_interactions_made():
     assert model.content.vectors_NE.shape == (len(CODES), 4)
     config = model.config
     assert config.reads(catalog.with_vectors(vectors, range(4))) != config.reads(catalog)
-    with pytest.raises(UserError, match=r"got none item vectors .*made without interactions"):
-        model.start_from(catalog.with_vectors(vectors, ()))
+
+
+@torch.no_grad()
+def test_without_vectors_that_describe_there_is_no_content(tmp_path, caplog):
+    """Features made of interactions only: said aloud, and the model is one without content."""
+    catalog = Catalog.from_vectors(vectors_of(len(CODES)), CODES.item_ids)
+    model = backbone(CODES, items_from=1, content=True, content_half_at=2.0)
+    logger = logging.getLogger("genrec")
+    logger.addHandler(caplog.handler)
+    model.start_from(catalog.with_vectors(np.asarray(catalog.vectors), ()))
+    logger.removeHandler(caplog.handler)
+    assert "there is no content and the model does without" in caplog.text
+    model.meet_items(np.arange(len(CODES)) % 3)
+    plain = backbone(CODES, items_from=1)
+    plain.load_state_dict(model.state_dict())  # the same weights, no more and no fewer
+    rows = torch.arange(len(CODES))
+    assert torch.equal(model.item_vectors(rows), plain.item_vectors(rows))
+    save_model(tmp_path / "m", model, CODES)
+    loaded = load_model(tmp_path / "m", CODES)
+    batch = pad_histories(HISTORIES, MAX_HISTORY)
+    assert torch.equal(loaded.begin(batch)[0], model.begin(batch)[0])
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ import pytest
 
 from genrec.artifacts import load_artifact, read_manifest
 from genrec.bundle import load_bundle
-from genrec.data import Dataset
+from genrec.configs_folder import find_config
+from genrec.data import Catalog, Dataset
 from genrec.data.synthetic import ring
 from genrec.errors import MismatchError
 from genrec.evaluation import metrics
@@ -119,6 +120,25 @@ def test_a_model_with_content_gets_vectors_that_no_tokenizer_reads(
     answer = Recommender.from_pretrained(tmp_path / "r" / "bundle").recommend(
         [[bundle.index.item_ids[3]]], k=5
     )
+    assert len(set(answer.item_ids[0])) == 5
+
+
+def test_the_default_generator_needs_no_texts(tmp_path: Path) -> None:
+    """Its features are then those of interactions, and it has no content; results say so."""
+    rings = ring(num_items=24, num_users=40, length=6)
+    silent = Catalog(rings.catalog.table.select("item_id"))
+    Dataset(silent, rings.interactions, rings.info).save(tmp_path / "data")
+    results = execute(
+        find_config("genrec"), tmp_path / "r", tmp_path / "cache", f"data={tmp_path / 'data'}",
+        "seeds=[1]", "model.d_model=8", "model.d_ff=8", "trainer.epochs=1", "decoding.width=12",
+        "evaluation.baselines=[markov]",
+    )  # fmt: skip
+    features = results["features"]
+    assert [part["name"] for part in features["parts"]] == ["collaborative"]
+    assert "No item has a text" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    extra = load_artifact(tmp_path / "r" / "bundle" / "model", kind="model").extra
+    assert extra["backbone"]["vector_width"] == 0
+    answer = Recommender.from_pretrained(tmp_path / "r" / "bundle").recommend([["3"]], k=5)
     assert len(set(answer.item_ids[0])) == 5
 
 

@@ -58,7 +58,8 @@ def embed(
 
     chosen = load_config(config, overrides, data=str(dataset)).features
     loaded, accelerator = Dataset.load(dataset), make_accelerator(device=device)
-    resolved = stages.component(FEATURES, chosen)(chosen).resolve()
+    extractor = stages.component(FEATURES, chosen)(chosen).for_catalog(loaded.catalog)
+    resolved = extractor.resolve()
     together = stages.component(FEATURES, resolved)(resolved).shares_work
     if together or accelerator.is_main_process:
         with default_device(accelerator.device):

@@ -1,4 +1,4 @@
-"""Auto: the best text extractor that is at hand here, said aloud.
+"""Auto: the best extractor that is at hand for these items, said aloud.
 
 It decides; the work is done by the extractor that it names. Use a concrete name in a configuration
 whose numbers should be the same on every machine.
@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 
 class Auto(FeatureExtractor):
-    """MiniLM where it is installed, LSA otherwise.
+    """MiniLM where it is installed, LSA otherwise; co-occurrence where no item has a text.
 
     Args:
         config: see `Auto.Config`.
@@ -37,6 +37,15 @@ class Auto(FeatureExtractor):
         """Catalogue columns that make up the text, in order; default all."""
 
     config: Auto.Config
+
+    def for_catalog(self, catalog: Catalog) -> FeatureExtractor:
+        """Return this extractor, or `collaborative` with its defaults where no item has a text."""
+        if any(catalog.texts(self.config.columns)):
+            return self
+        log.warning("features: collaborative, because none of %d items has a text.", len(catalog))
+        cls = lookup(FEATURES, "collaborative", what="features.name")
+        stand_in: FeatureExtractor = cls(cls.Config())
+        return stand_in
 
     def resolve(self) -> StrictConfig:
         """Return the configuration of the extractor that will run, and log the reason."""
@@ -57,8 +66,10 @@ class Auto(FeatureExtractor):
         interactions: Interactions | None = None,
         workplace: Workplace = ALONE,
     ) -> np.ndarray:
-        """Return the vectors (N, E) float32 of the extractor that `resolve` names."""
-        config = self.resolve()
-        cls = lookup(FEATURES, config.to_dict()["name"], what="features.name")
-        vectors: np.ndarray = cls(config).embed(catalog, interactions, workplace)
-        return vectors
+        """Return the vectors (N, E) float32 of what `for_catalog` and `resolve` choose."""
+        chosen = self.for_catalog(catalog)
+        if chosen is self:
+            config = self.resolve()
+            cls = lookup(FEATURES, config.to_dict()["name"], what="features.name")
+            chosen = cls(config)
+        return chosen.embed(catalog, interactions, workplace)

@@ -114,6 +114,10 @@ class FeatureExtractor(ABC):
         """Return what `embed` returns, from the vectors of `parts`; see `embed`."""
         raise NotImplementedError(f"{type(self).__name__} has no parts")
 
+    def for_catalog(self, catalog: Catalog) -> FeatureExtractor:
+        """Return what these items allow: this extractor, unless it chooses by what is there."""
+        return self
+
     def resolve(self) -> StrictConfig:
         """Return the configuration that fixes the result, before anything is computed.
 

@@ -108,6 +108,23 @@ class Fusion(FeatureExtractor):
                 "Expected one per part, or 'equal' or 'cooccurrence'."
             )
 
+    def for_catalog(self, catalog: Catalog) -> FeatureExtractor:
+        """Return a fusion without `auto` where no item has a text and another part remains."""
+        suited = [part.for_catalog(catalog) for part in self.parts]
+        fits = [after is before for before, after in zip(self.parts, suited, strict=True)]
+        if all(fits):
+            return self
+        if any(fits):
+            log.warning("features.fusion: the part auto is left out, the others remain.")
+            suited = [part for part, fit in zip(suited, fits, strict=True) if fit]
+        else:
+            fits = [True] * len(suited)
+        changed: dict[str, Any] = {"parts": tuple(part.config.to_dict() for part in suited)}
+        if isinstance(self.config.weights, tuple):
+            shares = zip(self.config.weights, fits, strict=True)
+            changed["weights"] = tuple(share for share, fit in shares if fit)
+        return Fusion(Fusion.Config(**{**self.config.to_dict(), **changed}))
+
     def resolve(self) -> Fusion.Config:
         """Return the configuration with every part resolved; raises what the parts raise."""
         parts = tuple(part.resolve().to_dict() for part in self.parts)

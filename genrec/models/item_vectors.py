@@ -21,9 +21,12 @@ from genrec.errors import UserError
 from genrec.item_index import ItemIndex
 from genrec.models.content import Content, standardized
 from genrec.models.hstu import ItemPositionsBackbone, ItemPositionsConfig
+from genrec.runtime import get_logger
 
 if TYPE_CHECKING:
     from genrec.data import Catalog
+
+log = get_logger(__name__)
 
 
 class ItemVectorsConfig(ItemPositionsConfig):
@@ -41,7 +44,8 @@ class ItemVectorsConfig(ItemPositionsConfig):
     content: bool = False
     """Add a linear map, learned, of the vector that the item's features gave: items with like texts
     then help one another, rare and new ones most. Features made of interactions are left out: they
-    know the training targets, so a model would lean on them and be wrong on new ones."""
+    know the training targets, so a model would lean on them and be wrong on new ones. Where no
+    others are there, a model does without (and says so)."""
     content_half_at: float | None = Field(default=None, gt=0)
     """Training interactions after which an item keeps half of its content: with h, an item that was
     consumed n times keeps h / (h + n) of it, whoever is new all of it. None: all of it, always.
@@ -71,7 +75,7 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
     )
     own: nn.Embedding
     consumed_N1: Tensor
-    content: Content
+    content: Content | None
 
     def __init__(
         self,
@@ -91,7 +95,8 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         """Return also the width of the item vectors that the model takes in, if any."""
         facts = super().facts()
         if self.config.content:
-            facts["vector_width"] = self.content.vectors_NE.shape[1]
+            content = self._content()
+            facts["vector_width"] = 0 if content is None else content.vectors_NE.shape[1]
         return facts
 
     @classmethod
@@ -101,7 +106,7 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         """Build a backbone that saved weights are loaded into; see `Backbone.for_saved`."""
         model = super().for_saved(config, index, facts, base=base)
         if config.content:
-            model.content = model._new_content(torch.zeros(len(index), facts["vector_width"]))
+            model._take_in(torch.zeros(len(index), facts["vector_width"]))
         return model
 
     def start_from(self, catalog: Catalog) -> None:
@@ -112,21 +117,30 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         """
         if not self.config.content:
             return
-        described_NE = catalog.content_vectors
-        found = "none" if described_NE is None else str(len(described_NE))
-        if described_NE is None or len(described_NE) != len(self.tokens_NL):
+        found = "none" if catalog.vectors is None else str(len(catalog.vectors))
+        if catalog.vectors is None or len(catalog.vectors) != len(self.tokens_NL):
             raise UserError(
                 f"model.content: got {found} item vectors for an index of {len(self.tokens_NL)} "
-                "items, expected one each, made without interactions. Give the catalogue vectors "
-                "(`features`), or set model.content=false."
+                "items, expected one each. Give the catalogue vectors (`features`), or set "
+                "model.content=false."
             )
-        vectors_NE = torch.from_numpy(np.asarray(described_NE, dtype=np.float32))
-        self.content = self._new_content(standardized(vectors_NE)).to(self.device)
+        described_NE = catalog.content_vectors
+        if described_NE is None:
+            log.warning(
+                "model.content: all item vectors were made of interactions, so there is no content "
+                "and the model does without."
+            )
+            described_NE = np.zeros((len(self.tokens_NL), 0))
+        self._take_in(standardized(torch.from_numpy(np.asarray(described_NE, dtype=np.float32))))
 
-    def _new_content(self, vectors_NE: Tensor) -> Content:
+    def _take_in(self, vectors_NE: Tensor) -> None:
         config = self.config
-        half_at = config.content_half_at
-        return Content(vectors_NE, config.d_model, config.init_std, half_at=half_at)
+        content = None
+        if vectors_NE.shape[1]:
+            half_at = config.content_half_at
+            content = Content(vectors_NE, config.d_model, config.init_std, half_at=half_at)
+            content = content.to(self.device)
+        self.register_module("content", content)
 
     def meet_items(self, counts_N: np.ndarray, *, more: bool = False) -> None:
         """Take in how often items were consumed; see `Backbone.meet_items`."""
@@ -134,8 +148,8 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         if self.config.item_vectors or self.config.consumed_only:
             met_N1 = found_N[:, None] > 0
             self.consumed_N1.copy_(met_N1 | self.consumed_N1 if more else met_N1)
-        if self.config.content:
-            self._content().meet_items(found_N, more=more)
+        if content := self._content():
+            content.meet_items(found_N, more=more)
 
     def item_representations(self, rows: Tensor) -> Tensor:
         """Return the items' vectors; see `Backbone.item_representations`."""
@@ -158,15 +172,17 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         """Return the vectors of all items, (N, D), made once for the weights as they are."""
         weights = [self.embedding.weight]
         weights += [self.own.weight, self.consumed_N1] if self.config.item_vectors else []
-        if self.config.content:
-            content = self._content()
+        if content := self._content():
             weights += [content.projection.weight, *content.buffers()]
         now = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in weights)
         if self._made_table is None or self._made_table[0] != now:
             self._made_table = now, self._made(None)
         return self._made_table[1]
 
-    def _content(self) -> Content:
+    def _content(self) -> Content | None:
+        """Return what knows the items' content; None where there is none."""
+        if not self.config.content:
+            return None
         if "content" not in self._modules:
             raise UserError(
                 "model.content: this model has not taken in item vectors, expected "
@@ -181,8 +197,7 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         if self.config.item_vectors:
             own = self.own.weight if rows is None else self.own(rows)
             vectors = vectors + own * self._keeps_own(rows)
-        if self.config.content:
-            content = self._content()
+        if content := self._content():
             vectors = vectors + (content.table() if rows is None else content(rows))
         return vectors
 

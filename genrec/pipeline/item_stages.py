@@ -86,7 +86,8 @@ class ItemStages:
             self.features = {"name": None}
             return catalog
         chosen: Any = self.config.features
-        resolved = stages.component(FEATURES, chosen)(chosen).resolve()
+        extractor = stages.component(FEATURES, chosen)(chosen).for_catalog(catalog)
+        resolved = extractor.resolve()
         self.features = resolved.to_dict()
         return stages.add_vectors(catalog, self._vectors(dataset, resolved, "embed"))
 

