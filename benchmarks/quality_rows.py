@@ -24,7 +24,7 @@ _BEAUTY = "genrec prepare sequences FOLDER --columns brand,categories"
 PREPARED = {
     "amazon-beauty": _BEAUTY,
     "amazon-beauty-shuffled": f"{_BEAUTY} --ties hash --name amazon-beauty-shuffled",
-    "amazon-beauty-6500": f"{_BEAUTY} --sample-users 6500 --name amazon-beauty-6500",
+    "amazon-beauty-6000": f"{_BEAUTY} --sample-users 6000 --name amazon-beauty-6000",
 }
 """Data set of the table -> what made it of S3-Rec's files (`--out` left out)."""
 
