@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -13,12 +15,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from genrec.artifacts import load_artifact
-from genrec.config import parse_component
+from genrec.config import StrictConfig, parse_component
 from genrec.data import Catalog
 from genrec.data.synthetic import planted, planted_leaves
 from genrec.errors import ConfigError, DataError, UserError
 from genrec.features import FEATURES
-from genrec.features.fusing import agreement_weights, concatenate, imputed, scaled, weighted_sum
+from genrec.features.base import FeatureExtractor
+from genrec.features.fusing import Scale, agreement_weights, concatenate, imputed, weighted_sum
 from genrec.pipeline import stages
 
 DATA = planted(num_items=120, num_users=400, branching=3, width=12, seed=3)
@@ -30,6 +33,10 @@ VECTORS = np.asarray(DATA.catalog.vectors)
 def make(name, **values):
     cls, config = parse_component(FEATURES, {"name": name, **values}, path="features")
     return cls(config)
+
+
+def scaled(part: np.ndarray, scaling: str) -> np.ndarray:
+    return Scale.of(part, scaling).scaled(part)
 
 
 def as_file(folder, name: str, vectors: np.ndarray) -> dict[str, str]:
@@ -235,6 +242,66 @@ def test_a_fusion_does_without_auto_where_no_item_has_a_text():
     assert left.embed(silent, TRAINING).shape == (120, 8)
     alone = make("fusion", parts=["auto"], weights="equal").for_catalog(silent)
     assert [part["name"] for part in alone.config.parts] == ["collaborative"]
+
+
+class Titles(FeatureExtractor):
+    """A text encoder without a model: a vector that depends on the title alone."""
+
+    class Config(StrictConfig):
+        name: Literal["titles"] = "titles"
+
+    def embed(self, catalog, interactions=None, workplace=None):
+        rows = [zlib.crc32((title or "").encode()) for title in catalog.titles]
+        known = np.array([bool(title) for title in catalog.titles])[:, None]
+        return np.stack([np.random.default_rng(row).normal(size=6) for row in rows]) * known
+
+
+@pytest.fixture
+def titles(monkeypatch):
+    monkeypatch.setitem(FEATURES, "titles", f"{__name__}:Titles")
+
+
+@pytest.mark.parametrize("missing", ["neighbours", "zero"])
+def test_items_that_join_later_are_embedded_as_if_they_had_been_there(tmp_path, titles, missing):
+    """What they lack is filled in from the others. Without scaling nothing else depends on N."""
+    names = [f"film {number % 17}" for number in range(120)]
+    everybody = Catalog(DATA.catalog.table.with_columns(title=pl.Series(names)))
+    first, later = everybody.select(np.arange(100)), everybody.select(np.arange(100, 120))
+    behaviour = VECTORS.copy()
+    behaviour[[3, 50]] = 0
+    behaviour[100:] = 0
+
+    def fusion(count: int):
+        parts = ["titles", as_file(tmp_path, f"b{count}", behaviour[:count])]
+        options = {"scaling": "none", "normalize": False, "missing": missing}
+        return make("fusion", parts=parts, weights=[0.3, 0.7], **options)
+
+    together = fusion(120).embed(everybody)
+    then = fusion(100)
+    known = then.embed(first)
+    assert then.embeds_later and np.allclose(known, together[:100], atol=1e-6)
+    fitted = {name: np.array(array) for name, array in then.fitted().items()}
+    found = fusion(100).embed_later(later, fitted, known)
+    assert found.dtype == np.float32 and np.allclose(found, together[100:], atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", ["center", "standardize"])
+def test_items_that_join_later_are_scaled_as_the_others_were(titles, scaling):
+    names = [f"film {number % 17}" for number in range(120)]
+    catalog = Catalog(DATA.catalog.table.with_columns(title=pl.Series(names)))
+    parts = ["titles", {"name": "collaborative", "width": 8}]
+    fusion = make("fusion", parts=parts, scaling=scaling, weights="equal")
+    known = fusion.embed(catalog, TRAINING)
+    rows = np.array([0, 5, 119])
+    found = fusion.embed_later(catalog.select(rows), fusion.fitted(), known)
+    columns = list(fusion.content_columns(known.shape[1], fusion.blocks))
+    assert columns == list(range(6))
+    assert np.allclose(found[:, columns], known[rows][:, columns], atol=1e-5)
+    assert found[:, 6:].any(axis=1).all()  # a guess from their neighbours
+    with pytest.raises(UserError, match=r"what it fitted .* is not at hand"):
+        fusion.embed_later(catalog, {}, known)
+    assert not make("fusion", parts=parts, combine="pca").embeds_later
+    assert not make("fusion", parts=["lsa", parts[1]]).embeds_later
 
 
 def test_parts_are_resolved_and_what_they_need_is_passed_on(tmp_path):

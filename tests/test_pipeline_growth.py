@@ -402,6 +402,62 @@ def test_a_bundle_answers_with_its_new_items(tmp_path, small_run, lsa_vectors):
     assert model.upstream["index"] == grown.index.fingerprint
 
 
+CONTENT = {
+    "features": {"name": "fusion", "parts": ["hashing", "collaborative"], "weights": "equal"},
+    "tokenizer": {"name": "rqkmeans", "num_levels": 2, "codebook_size": 4},
+    "model.d_model": 8, "model.num_layers": 1, "model.d_ff": 8, "model.content_half_at": 2.0,
+    "trainer.epochs": 1, "decoding.width": 12, "seeds": [1], "evaluation.baselines": ["markov"],
+    "index.reserve": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_default_generator_knows_new_items_by_their_content(tmp_path, monkeypatch, members):
+    from genrec.bundle import load_bundle
+    from genrec.config import load_yaml
+    from genrec.configs_folder import find_config
+    from genrec.data.synthetic import ring
+    from genrec.pipeline.config import load_run_config
+    from genrec.pipeline.run import Run
+    from genrec.recommender import Recommender
+
+    ring(num_items=24, num_users=40, length=6).save(tmp_path / "data")
+    changes = {**CONTENT, "data": str(tmp_path / "data")}
+    if members > 1:
+        sizes = {k: v for k, v in changes.items() if k.startswith("model.")}
+        member = {**load_yaml(find_config("genrec"))["model"]}
+        member |= {key.removeprefix("model."): changes.pop(key) for key in sizes}
+        changes["model"] = {"name": "ensemble", "size": members, "of": member}
+    settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    config = load_run_config(find_config("genrec"), settings)
+    Run(config, out=tmp_path / "r", cache=tmp_path / "c", device="cpu").execute(command="test")
+    bundle = tmp_path / "r" / "bundle"
+    before = load_bundle(bundle)
+    title = before.catalog.titles[5]
+    report = add_items(bundle, new_items(title, "Ring film unheard of"), out=tmp_path / "b")
+    assert report["num_added"] == 2
+    grown = load_bundle(tmp_path / "b")
+    for model, old in zip(
+        getattr(grown.model, "members", [grown.model]),
+        getattr(before.model, "members", [before.model]),
+        strict=True,
+    ):
+        known, known_before = model.content.vectors_NE, old.content.vectors_NE
+        assert np.array_equal(known[:24], known_before) and len(known) == 26
+        assert np.allclose(known[24], known_before[5], atol=1e-5)  # the same text
+        assert not np.allclose(known[25], 0) and not np.allclose(known[25], known[24])
+        assert model.content.share_N1[24:].tolist() == [[1.0], [1.0]]
+        assert not model.consumed_N1[24:].any()
+    again = add_items(tmp_path / "b", new_items("And another", prefix="m"), out=tmp_path / "b2")
+    assert again["num_items"] == 27
+    assert len(
+        Recommender.from_pretrained(tmp_path / "b2").recommend([["n0", "m0"]], k=5).item_ids[0]
+    )
+    monkeypatch.setattr(Hashing, "turn", -1)  # another version of the encoder
+    with pytest.raises(MismatchError, match=r"known items get the vector that they have"):
+        add_items(bundle, new_items("word1 a", prefix="z"), out=tmp_path / "b3")
+
+
 def test_an_extractor_that_changed_is_noticed(tmp_path, small_run, monkeypatch):
     """The bundle's own items are embedded again and must get their codes."""
     import shutil

@@ -80,7 +80,7 @@ def _fit(
             "DIR --out DIR`, or `genrec tokenize --add ITEMS --index DIR`."
         )
     resolved = load_config(config, overrides, data=str(dataset))
-    loaded, features = Dataset.load(dataset), None
+    loaded, features, fitted = Dataset.load(dataset), None, None
     catalog, training = loaded.catalog, loaded.interactions.training()
     chosen = stages.with_seed(resolved.tokenizer, seed)
     upstream = {"catalog": catalog.fingerprint, "interactions": training.fingerprint}
@@ -93,6 +93,7 @@ def _fit(
     if vectors is not None and "vectors" in needs:
         artifact = load_artifact(vectors, kind="vectors")
         catalog, features = stages.add_vectors(catalog, artifact), artifact.config
+        fitted = stages.fitted_features(artifact)
         upstream["vectors"] = fingerprint(catalog.vectors)
     stages.fit_tokenizer(out / "tokenizer", catalog, loaded.interactions, chosen, upstream)
     tokenizer = load_artifact(out / "tokenizer", kind="tokenizer")
@@ -102,6 +103,7 @@ def _fit(
         catalog,
         resolved.index,
         features=features,
+        fitted=fitted,
         interactions=loaded.interactions,
     )
     built = ItemIndex.load(out / "index")

@@ -9,7 +9,7 @@ Shapes: N items, E embedding width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -79,8 +79,8 @@ class FeatureExtractor(ABC):
     blocks: tuple[Block, ...] = ()
     """After `embed`: which columns came from which part, where vectors are put together."""
     embeds_alone: bool = True
-    """Whether an item's vector depends on that item alone: vectors of items that are embedded later
-    then lie in the same space."""
+    """Whether an item's vector depends on that item alone: `embed` then serves for items that join
+    later, too."""
 
     parts: Sequence[FeatureExtractor] = ()
     """Extractors whose vectors `join` puts together, if it has any."""
@@ -117,6 +117,27 @@ class FeatureExtractor(ABC):
     def for_catalog(self, catalog: Catalog) -> FeatureExtractor:
         """Return what these items allow: this extractor, unless it chooses by what is there."""
         return self
+
+    @property
+    def embeds_later(self) -> bool:
+        """Whether `embed_later` can embed items that join when the others have their vectors."""
+        return self.embeds_alone and not self.needs_interactions
+
+    def fitted(self) -> dict[str, np.ndarray]:
+        """Return, after `embed`, what `embed_later` needs; {} where items are embedded alone."""
+        return {}
+
+    def embed_later(
+        self, catalog: Catalog, fitted: Mapping[str, np.ndarray], vectors_NE: np.ndarray | None
+    ) -> np.ndarray:
+        """Return vectors (M, E) float32 of items that join later, in the space of the others.
+
+        Args:
+            catalog: M items.
+            fitted: what `fitted` returned.
+            vectors_NE: what `embed` returned then; None will do where `fitted` returned {}.
+        """
+        return self.embed(catalog)
 
     def resolve(self) -> StrictConfig:
         """Return the configuration that fixes the result, before anything is computed.

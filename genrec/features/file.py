@@ -65,6 +65,11 @@ class VectorFile(FeatureExtractor):
 
     config: VectorFile.Config
 
+    @property
+    def embeds_later(self) -> bool:
+        """False: the file that was read then has nothing on items that join later."""
+        return False
+
     def resolve(self) -> VectorFile.Config:
         """Return the configuration with the digest of the file.
 

@@ -8,6 +8,7 @@ Shapes: N items, P parts, E_p width of part p, E width of the result, Q items of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,29 +33,43 @@ def present(part: np.ndarray) -> np.ndarray:
     return has
 
 
-def scaled(part: np.ndarray, scaling: str) -> np.ndarray:
-    """Return a part centred or standardised over the items that have it, rows of length 1.
+@dataclass(frozen=True)
+class Scale:
+    """How a part is scaled: subtract, divide, then rows of length 1; for `none` not at all.
 
     Args:
-        part: (N, E_p).
-        scaling: "center", "standardize" or "none" (a copy).
-
-    Returns:
-        (N, E_p) float64; missing rows stay zero, dimensions without variance become zero.
+        mean: (E_p,) of the items that have the part.
+        spread: (E_p,) likewise; dimensions at 0 become 0.
+        scaling: "center", "standardize" or "none".
     """
-    result = part.astype(np.float64)
-    if scaling == "none":
+
+    mean: np.ndarray
+    spread: np.ndarray
+    scaling: str
+
+    @classmethod
+    def of(cls, part: np.ndarray, scaling: str) -> Scale:
+        """Return the scale of a part (N, E_p), from the items that have it."""
+        mean, spread = np.zeros(part.shape[1]), np.ones(part.shape[1])
+        if scaling != "none":
+            rows = part.astype(np.float64)[present(part)]
+            if len(np.unique(rows, axis=0)) > 1:  # a constant part keeps its direction
+                mean = rows.mean(axis=0)
+                if scaling == "standardize":
+                    spread = (rows - mean).std(axis=0)
+        return cls(mean, spread, scaling)
+
+    def scaled(self, part: np.ndarray) -> np.ndarray:
+        """Return a part so scaled, (N, E_p) float64; missing rows stay zero."""
+        result = part.astype(np.float64)
+        if self.scaling == "none":
+            return result
+        has = present(part)
+        rows = result[has] - self.mean
+        rows = np.divide(rows, self.spread, out=np.zeros_like(rows), where=self.spread > 1e-12)
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        result[has] = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
         return result
-    has = present(part)
-    rows = result[has]
-    if len(np.unique(rows, axis=0)) > 1:  # a constant part keeps its direction
-        rows = rows - rows.mean(axis=0)
-        if scaling == "standardize":
-            spread = rows.std(axis=0)
-            rows = np.divide(rows, spread, out=np.zeros_like(rows), where=spread > 1e-12)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    result[has] = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
-    return result
 
 
 def imputed(parts: Sequence[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:

@@ -18,21 +18,26 @@ from genrec.errors import DataError, UserError
 from genrec.features import FEATURES
 from genrec.features.base import ALONE, Block, FeatureExtractor, Workplace, finished
 from genrec.features.fusing import (
+    Scale,
     agreement_weights,
     concatenate,
     imputed,
+    present,
     principal_components,
-    scaled,
     weighted_sum,
 )
 from genrec.runtime import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from genrec.data import Catalog, Interactions
 
 log = get_logger(__name__)
+
+
+def _alone(part: FeatureExtractor) -> bool:
+    return part.embeds_alone and part.embeds_later
 
 
 class Fusion(FeatureExtractor):
@@ -96,6 +101,7 @@ class Fusion(FeatureExtractor):
         self.needs_interactions = config.weights == "cooccurrence" or any(
             part.needs_interactions for part in self.parts
         )
+        self._fitted: dict[str, np.ndarray] = {}
         self.shares_work = any(part.shares_work for part in self.parts)
         self.embeds_alone = (
             (config.combine, config.scaling, config.missing) == ("concatenate", "none", "zero")
@@ -188,8 +194,10 @@ class Fusion(FeatureExtractor):
                     f"features.fusion: part {name!r} has no vector for any of the {len(catalog)} "
                     "items. Leave this part out, or check its settings."
                 )
-        ready = [scaled(part, config.scaling) for part in vectors]
+        scales = [Scale.of(part, config.scaling) for part in vectors]
+        ready = [scale.scaled(part) for scale, part in zip(scales, vectors, strict=True)]
         weights = self._weights(ready, interactions)
+        self._keep(scales, ready, weights)
         log.info(
             "fusion: %s.",
             ", ".join(
@@ -201,6 +209,63 @@ class Fusion(FeatureExtractor):
         return finished(
             self._combined(names, ready, weights), catalog.item_ids, normalize=config.normalize
         )
+
+    # -- items that join later ------------------------------------------------------------------
+
+    @property
+    def embeds_later(self) -> bool:
+        """Whether a part can, and the others can be filled in from the items that have them."""
+        parts_can = list(map(_alone, self.parts))
+        if self.embeds_alone and all(parts_can):
+            return True
+        return self.config.combine == "concatenate" and any(parts_can)
+
+    def fitted(self) -> dict[str, np.ndarray]:
+        """Return the parts' scales and weights, and which item had which part."""
+        return dict(self._fitted)
+
+    def _keep(self, scales: list[Scale], ready: list[np.ndarray], weights: np.ndarray) -> None:
+        self._fitted = {}
+        if not self.embeds_later:
+            return
+        self._fitted = {"weights": weights, "has": np.stack([present(p) for p in ready], axis=1)}
+        for number, scale in enumerate(scales):
+            self._fitted |= {f"mean_{number}": scale.mean, f"spread_{number}": scale.spread}
+
+    def embed_later(
+        self, catalog: Catalog, fitted: Mapping[str, np.ndarray], vectors_NE: np.ndarray | None
+    ) -> np.ndarray:
+        """Return vectors (M, E) of items that join later; see `FeatureExtractor`.
+
+        Parts that know items by themselves embed them, scaled as the others were. What they lack is
+        filled in from the items that have it, as for an item that lacked it from the start.
+
+        Raises:
+            UserError: nothing was fitted, or is at hand.
+        """
+        if not self.embeds_later or vectors_NE is None or "weights" not in fitted:
+            raise UserError(
+                "features.fusion: what it fitted when the other items were embedded is not at hand "
+                "(or combine is not 'concatenate'), so items that join later cannot be embedded. "
+                "Make vectors and index again, or give vectors of the new items."
+            )
+        weights, has_NP = fitted["weights"], fitted["has"]
+        joined, start = [], 0
+        for number, (part, weight) in enumerate(zip(self.parts, weights, strict=True)):
+            scale = Scale(fitted[f"mean_{number}"], fitted[f"spread_{number}"], self.config.scaling)
+            end = start + len(scale.mean)
+            known = vectors_NE[:, start:end].astype(np.float64) * has_NP[:, [number]]
+            known = known / np.sqrt(weight) if weight else known
+            new = np.zeros((len(catalog), end - start))
+            if _alone(part):
+                new = scale.scaled(part.embed(catalog))
+            joined.append(np.concatenate([known, new]))
+            start = end
+        filled = imputed(joined, weights) if self.config.missing == "neighbours" else joined
+        found = concatenate([part[len(vectors_NE) :] for part in filled], weights)
+        return finished(found, catalog.item_ids, normalize=self.config.normalize)
+
+    # -- arithmetic -----------------------------------------------------------------------------
 
     def _weights(self, parts: list[np.ndarray], interactions: Interactions | None) -> np.ndarray:
         chosen = self.config.weights

@@ -194,6 +194,19 @@ class Backbone(nn.Module, ABC):
             more: items that were met before stay met: training goes on.
         """
 
+    @property
+    def reads_content(self) -> bool:
+        """Whether an item is also known by the vector that its features gave."""
+        return False
+
+    def describe(self, first: int, vectors_MC: np.ndarray) -> None:
+        """Take in what describes items that join after training; the default does not.
+
+        Args:
+            first: row of the first of them; they are the last items of the index.
+            vectors_MC: as `Catalog.content_vectors` of the others.
+        """
+
     def meet_users(self, users: Sequence[str], has_history_U: np.ndarray) -> None:
         """Take in the users of the training data, before training; the default does not.
 

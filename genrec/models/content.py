@@ -16,14 +16,16 @@ class Content(nn.Module):
     """Item vectors of the features, mapped to the model.
 
     Args:
-        vectors_NE: float32, of about unit variance (`standardized`); zeros for items that nothing
-            is known of.
+        vectors_NE: float32, as the features gave them; kept around 0 with entries of variance 1 on
+            average, constant ones 0.
         width: D.
         spread: standard deviation of what comes out at the start.
         half_at: interactions after which an item keeps half of its content; None: always all.
     """
 
     vectors_NE: Tensor
+    mean_E: Tensor
+    spread_1: Tensor
     share_N1: Tensor
     """What an item keeps of its content, 0 to 1; only with `half_at`."""
 
@@ -32,7 +34,13 @@ class Content(nn.Module):
     ) -> None:
         super().__init__()
         self.half_at = half_at
-        self.register_buffer("vectors_NE", vectors_NE)
+        mean_E = vectors_NE.mean(0)
+        centred_NE = vectors_NE - mean_E
+        spread_1 = centred_NE.square().mean().sqrt()[None]
+        spread_1 = torch.where(spread_1 > 0, spread_1, torch.ones_like(spread_1))
+        self.register_buffer("mean_E", mean_E)
+        self.register_buffer("spread_1", spread_1)
+        self.register_buffer("vectors_NE", centred_NE / spread_1)
         if half_at is not None:
             self.register_buffer("share_N1", torch.ones(len(vectors_NE), 1))
         self.projection = nn.Linear(vectors_NE.shape[1], width, bias=False)
@@ -51,6 +59,19 @@ class Content(nn.Module):
         share_N1 = self.half_at / (self.half_at + counts_N.to(self.share_N1)[:, None])
         self.share_N1.copy_(torch.minimum(share_N1, self.share_N1) if more else share_N1)
 
+    @torch.no_grad()
+    def describe(self, first: int, vectors_ME: Tensor) -> None:
+        """Take in items that join after training, from row `first` on; they keep all of it.
+
+        Args:
+            first: their first row.
+            vectors_ME: as the features gave them, in the space of the others.
+        """
+        new_ME = (vectors_ME.to(self.mean_E) - self.mean_E) / self.spread_1
+        self.vectors_NE[first:] = new_ME
+        if self.half_at is not None:
+            self.share_N1[first:] = 1.0
+
     def forward(self, rows: Tensor) -> Tensor:
         """Return the vectors of items, (...) -> (..., D)."""
         mapped: Tensor = self.projection(self.vectors_NE[rows])
@@ -60,10 +81,3 @@ class Content(nn.Module):
         """Return the vectors of all items, (N, D)."""
         mapped_ND: Tensor = self.projection(self.vectors_NE)
         return mapped_ND if self.half_at is None else mapped_ND * self.share_N1
-
-
-def standardized(vectors_NE: Tensor) -> Tensor:
-    """Return vectors around 0 with entries of variance 1 on average; constant ones become 0."""
-    centred_NE = vectors_NE - vectors_NE.mean(0)
-    spread = centred_NE.square().mean().sqrt()
-    return centred_NE / torch.where(spread > 0, spread, 1)

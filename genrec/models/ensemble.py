@@ -168,6 +168,16 @@ class Ensemble(Backbone):
         found = [member.facts() for member in self.members]
         return {"members": found} if any(found) else {}
 
+    @property
+    def reads_content(self) -> bool:
+        """Whether a member knows items by their content; see `Backbone.reads_content`."""
+        return any(member.reads_content for member in self.members)
+
+    def describe(self, first: int, vectors_MC: np.ndarray) -> None:
+        """Let every member take in items that join later; see `Backbone.describe`."""
+        for member in self.members:
+            member.describe(first, vectors_MC)
+
     def start_from(self, catalog: Catalog) -> None:
         """Let every member start from what is known of the items."""
         for member in self.members:

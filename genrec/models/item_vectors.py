@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from genrec.artifacts import fingerprint
 from genrec.errors import UserError
 from genrec.item_index import ItemIndex
-from genrec.models.content import Content, standardized
+from genrec.models.content import Content
 from genrec.models.hstu import ItemPositionsBackbone, ItemPositionsConfig
 from genrec.runtime import get_logger
 
@@ -131,7 +131,7 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
                 "and the model does without."
             )
             described_NE = np.zeros((len(self.tokens_NL), 0))
-        self._take_in(standardized(torch.from_numpy(np.asarray(described_NE, dtype=np.float32))))
+        self._take_in(torch.from_numpy(np.asarray(described_NE, dtype=np.float32)))
 
     def _take_in(self, vectors_NE: Tensor) -> None:
         config = self.config
@@ -150,6 +150,16 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
             self.consumed_N1.copy_(met_N1 | self.consumed_N1 if more else met_N1)
         if content := self._content():
             content.meet_items(found_N, more=more)
+
+    @property
+    def reads_content(self) -> bool:
+        """Whether an item is also known by the vector that its features gave."""
+        return self._content() is not None
+
+    def describe(self, first: int, vectors_MC: np.ndarray) -> None:
+        """Take in the content of items that join later; see `Backbone.describe`."""
+        if content := self._content():
+            content.describe(first, torch.from_numpy(vectors_MC))
 
     def item_representations(self, rows: Tensor) -> Tensor:
         """Return the items' vectors; see `Backbone.item_representations`."""

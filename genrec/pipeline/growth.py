@@ -140,20 +140,21 @@ def _add_vectors(
     vectors: Path | None,
 ) -> None:
     """Check texts and put vectors into the new items, where the tokenizer needs them."""
-    by_text = "texts" in tokenizer.needs or ("vectors" in tokenizer.needs and vectors is None)
+    needed = "vectors" in tokenizer.needs or target.reads_content()
+    by_text = "texts" in tokenizer.needs or (needed and vectors is None)
     if by_text and len(new.catalog):
         features = built.notes.get("features") or {}
         columns = features.get("columns") if "texts" not in tokenizer.needs else None
         texts = new.catalog.texts(columns)
         new.refuse([not text.strip() for text in texts], NO_TEXT)
-    if "vectors" not in tokenizer.needs or not len(new.catalog):
+    if not needed or not len(new.catalog):
         return
     found, reasons = embed_new_items(
         new.catalog, vectors=vectors, tokenizer=tokenizer, built=built, known=target.catalog()
     )
     rows = [row for row, item in enumerate(new.catalog.item_ids) if item not in reasons]
     new.refuse_each(reasons)
-    new.catalog = new.catalog.with_vectors(found[rows])
+    new.catalog = new.catalog.with_vectors(found[rows], built.notes.get("content_columns"))
 
 
 def _encode(new: _Newcomers, tokenizer: ItemTokenizer) -> IntArray:

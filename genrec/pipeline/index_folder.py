@@ -23,7 +23,7 @@ from genrec.artifacts import (
     read_manifest,
     write_artifact,
 )
-from genrec.bundle import load_model, save_bundle
+from genrec.bundle import load_model, save_bundle, save_model
 from genrec.data import Catalog
 from genrec.data.catalog import ITEM_ID, TITLE
 from genrec.data.dataset import CATALOG
@@ -65,6 +65,14 @@ class Target:
             return None
         return Catalog(pl.read_parquet(self.path / CATALOG))
 
+    def reads_content(self) -> bool:
+        """Whether the bundle's model knows items by their vectors, too."""
+        if self.kind != "bundle":
+            return False
+        facts = load_artifact(self.path / "model", kind="model").extra.get("backbone", {})
+        members = facts.get("members", [facts])
+        return any(member.get("vector_width") for member in members)
+
     def write(self, out: Path, grown: BuiltIndex, added: Catalog) -> None:
         """Write the folder with the extended index; all of it or nothing.
 
@@ -93,12 +101,18 @@ class Target:
             grown.save(index, upstream)
             resigned = _resign(self.path / "model", model, grown.index.fingerprint)
             try:
-                load_model(model, grown.index)
+                larger = load_model(model, grown.index)
             except (ArtifactError, UserError) as error:
                 raise UserError(
                     f"the model of {str(self.path)!r} cannot take more items: {error} Train it "
                     "again on the extended index."
                 ) from None
+            if larger.reads_content and added.content_vectors is not None:
+                larger.describe(len(old), added.content_vectors)
+                described = Path(temporary) / "described"
+                extra = {k: v for k, v in resigned.extra.items() if k != "backbone"}
+                resigned = save_model(described, larger, grown.index, extra=extra)
+                model = described
             save_bundle(
                 out,
                 catalog=catalog,

@@ -28,6 +28,7 @@ from genrec.tokenizers.diagnostics.agreement import reconstruction_distances
 log = get_logger(__name__)
 
 FITTED, UNSEEN, OWN_CODES = "fitted_distances", "unseen_distances", "own_codes"
+EXTRACTOR, KNOWN_VECTORS = "extractor.", "vectors"  # a prefix of arrays, and one array
 MAX_HELD_OUT = 5000
 
 
@@ -50,10 +51,13 @@ class BuiltIndex:
     Args:
         index: the bijection.
         notes: `collisions`, `reserve`, `drift_holdout`, `features` (configuration of the extractor,
-            None without one) and `columns` of the catalogue.
+            None without one), `content_columns` (of its vectors, see `Catalog`) and `columns` of
+            the catalogue.
         arrays: `own_codes` (N, L), the tokenizer's codes before the policy; and where codes stand
             for vectors the percentiles (Q,) of the squared distance from an item to its codes:
-            `fitted_distances`, and `unseen_distances` of items that a second fit left out.
+            `fitted_distances`, and `unseen_distances` of items that a second fit left out. Where
+            the extractor fits something (a fusion): what it fitted, under names with the prefix
+            `extractor.`, and `vectors` (N, E) of the items that the index was built with.
     """
 
     index: ItemIndex
@@ -63,6 +67,12 @@ class BuiltIndex:
     def save(self, path: Path, upstream: dict[str, str]) -> None:
         """Write the index with its notes (artifact "index")."""
         self.index.save(path, upstream=upstream, config=self.notes, arrays=self.arrays)
+
+    @property
+    def fitted_features(self) -> dict[str, np.ndarray]:
+        """What the extractor fitted; see `FeatureExtractor.fitted`."""
+        start = len(EXTRACTOR)
+        return {n[start:]: array for n, array in self.arrays.items() if n.startswith(EXTRACTOR)}
 
     @classmethod
     def load(cls, path: Path) -> BuiltIndex:
@@ -78,6 +88,7 @@ def build(
     options: IndexConfig,
     *,
     features: Mapping[str, Any] | None = None,
+    fitted: Mapping[str, np.ndarray] | None = None,
     interactions: Interactions | None = None,
 ) -> BuiltIndex:
     """Encode a catalogue, resolve collisions and note what new items will need.
@@ -87,6 +98,7 @@ def build(
         catalog: N items.
         options: policy and reserve.
         features: configuration of the extractor that made the vectors, if one did.
+        fitted: what it fitted (`FeatureExtractor.fitted`).
         interactions: training interactions, for a second fit.
 
     Raises:
@@ -109,9 +121,14 @@ def build(
         unseen = _held_out_distances(tokenizer, catalog, options.drift_holdout, interactions)
         if unseen is not None:
             arrays[UNSEEN] = percentiles(unseen)
+    if fitted and catalog.vectors is not None:
+        arrays |= {f"{EXTRACTOR}{name}": np.asarray(array) for name, array in fitted.items()}
+        arrays[KNOWN_VECTORS] = np.asarray(catalog.vectors, np.float32)
+    columns = catalog.content_columns
     notes = {
         **options.to_dict(),
         "features": dict(features) if features else None,
+        "content_columns": None if columns is None else list(columns),
         "columns": catalog.columns,
     }
     return BuiltIndex(index, notes, arrays)

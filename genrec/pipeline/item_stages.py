@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from genrec import runtime
 from genrec.artifacts import Artifact, file_checksum, fingerprint
 from genrec.data import Catalog, Dataset
@@ -28,6 +30,10 @@ from genrec.tokenizers import TOKENIZERS
 log = runtime.get_logger(__name__)
 
 
+def _fingerprint(arrays: dict[str, np.ndarray]) -> str:
+    return fingerprint(*(part for pair in sorted(arrays.items()) for part in pair))
+
+
 class ItemStages:
     """Stages up to the index of the catalogue.
 
@@ -43,6 +49,7 @@ class ItemStages:
     ) -> None:
         self.config, self.out = config, out
         self.features: dict[str, Any] = {}
+        self.fitted_features: dict[str, np.ndarray] = {}
         self.accelerator = make_accelerator(device=device)
         self.cache = StageCache(
             cache, self.accelerator.wait_for_everyone, self.accelerator.is_main_process
@@ -83,13 +90,15 @@ class ItemStages:
         needed = needed or model.needs_vectors
         if not needed and not self._baselines_need_vectors():
             log.info("embed: left out, %s and %s read no vectors.", wanted.name, model.name)
-            self.features = {"name": None}
+            self.features, self.fitted_features = {"name": None}, {}
             return catalog
         chosen: Any = self.config.features
         extractor = stages.component(FEATURES, chosen)(chosen).for_catalog(catalog)
         resolved = extractor.resolve()
         self.features = resolved.to_dict()
-        return stages.add_vectors(catalog, self._vectors(dataset, resolved, "embed"))
+        vectors = self._vectors(dataset, resolved, "embed")
+        self.fitted_features = stages.fitted_features(vectors)
+        return stages.add_vectors(catalog, vectors)
 
     def _vectors(self, dataset: Dataset, resolved: Any, label: str) -> Artifact:
         """Return the vectors of an extractor; the parts of a fusion are artifacts of their own.
@@ -149,6 +158,7 @@ class ItemStages:
     ) -> Artifact:
         """Return the index that a tokenizer gives the catalogue."""
         options, features = self.config.index, dict(self.features)
+        fitted = dict(self.fitted_features)
         return self.cache.get(
             "index",
             "index",
@@ -159,6 +169,7 @@ class ItemStages:
                 "tokenizer": tokenizer.fingerprint,
                 "options": options.to_dict(),
                 "features": features,
+                **({"fitted": _fingerprint(fitted)} if fitted else {}),
             },
             lambda path: stages.build_index(
                 path,
@@ -166,6 +177,7 @@ class ItemStages:
                 catalog,
                 options,
                 features=features,
+                fitted=fitted,
                 interactions=dataset.interactions,
             ),
             label=f"index ({label})",

@@ -20,12 +20,12 @@ from genrec.errors import DataError, MismatchError, UserError
 from genrec.features import FEATURES
 from genrec.features.base import FeatureExtractor
 from genrec.features.file import VectorFile
-from genrec.pipeline.indexing import OWN_CODES, BuiltIndex
+from genrec.pipeline.indexing import KNOWN_VECTORS, OWN_CODES, BuiltIndex
 from genrec.tokenizers.base import ItemTokenizer
 
 NOT_FINITE = "its vector holds NaN or infinity"
 NO_VECTOR = "the file of vectors has none for it"
-NUM_CHECKED, MIN_AGREEMENT = 32, 0.9
+NUM_CHECKED, MIN_AGREEMENT, MIN_COSINE = 32, 0.9, 0.99
 
 
 def embed_new_items(
@@ -48,14 +48,19 @@ def embed_new_items(
     Raises:
         UserError: the recorded extractor cannot embed items that come later, or the file does not
             fit.
-        MismatchError: the extractor gives known items other codes than they have.
+        MismatchError: the extractor gives known items other codes, or vectors, than they have.
     """
     if vectors is not None:
         found, missing = _given(vectors, catalog)
     else:
-        extractor = _recorded_extractor(built.notes.get("features"))
-        _check_space(extractor, tokenizer, built, known)
-        found, missing = extractor.embed(catalog), np.zeros(len(catalog), bool)
+        extractor, fitted = _recorded_extractor(built)
+        then = built.arrays.get(KNOWN_VECTORS)
+        if then is None:
+            _check_codes(extractor, tokenizer, built, known)
+        elif known is not None:
+            _check_vectors(extractor, fitted, then, built, known.select(np.arange(len(then))))
+        found = extractor.embed_later(catalog, fitted, then)
+        missing = np.zeros(len(catalog), bool)
     finite = np.isfinite(found).all(axis=1)
     reasons = {}
     for row, item in enumerate(catalog.item_ids):
@@ -90,8 +95,10 @@ def _given(path: Path, catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
     return aligned, rows < 0
 
 
-def _recorded_extractor(features: dict[str, Any] | None) -> FeatureExtractor:
-    if not features:
+def _recorded_extractor(built: BuiltIndex) -> tuple[FeatureExtractor, dict[str, np.ndarray]]:
+    """Return the extractor that made the vectors of an index, and what it fitted then."""
+    features: dict[str, Any] | None = built.notes.get("features")
+    if not features or not features.get("name"):
         raise UserError(
             "the index does not say how its items were embedded. Give the vectors of the new "
             "items: --vectors FILE."
@@ -104,7 +111,7 @@ def _recorded_extractor(features: dict[str, Any] | None) -> FeatureExtractor:
             "the index was built from a file of vectors, which has none for new items. Give theirs "
             "from the same source: --vectors FILE."
         )
-    if not extractor.embeds_alone or extractor.needs_interactions:
+    if not extractor.embeds_later:
         why = (
             "needs interactions, which new items have not"
             if extractor.needs_interactions
@@ -115,10 +122,37 @@ def _recorded_extractor(features: dict[str, Any] | None) -> FeatureExtractor:
             "items were embedded by a pretrained encoder (features.name=sentence_encoder), or give "
             "vectors of the same space: --vectors FILE."
         )
-    return extractor
+    return extractor, built.fitted_features
 
 
-def _check_space(
+def _check_vectors(
+    extractor: FeatureExtractor,
+    fitted: dict[str, np.ndarray],
+    then: np.ndarray,
+    built: BuiltIndex,
+    known: Catalog,
+) -> None:
+    """Raise unless known items, embedded again, are described by the vectors that they have.
+
+    Of a part that needs interactions a new item has no more than a guess, so that is not compared.
+    """
+    rows = np.unique(np.linspace(0, len(known) - 1, NUM_CHECKED).astype(int))
+    columns = built.notes.get("content_columns")
+    before, now = then[rows], extractor.embed_later(known.select(rows), fitted, then)
+    if columns is not None:
+        before, now = before[:, columns], now[:, columns]
+    lengths = np.linalg.norm(before, axis=1) * np.linalg.norm(now, axis=1)
+    cosine = np.divide((before * now).sum(1), lengths, out=np.ones(len(rows)), where=lengths > 0)
+    same = int((cosine >= MIN_COSINE).sum())
+    if same < MIN_AGREEMENT * len(rows):
+        raise MismatchError(
+            "the extractor that the index records gives other vectors here than when the index "
+            f"was built: only {same} of {len(rows)} known items get the vector that they have. "
+            "Install the same model, or give vectors of the new items: --vectors FILE."
+        )
+
+
+def _check_codes(
     extractor: FeatureExtractor, tokenizer: ItemTokenizer, built: BuiltIndex, known: Catalog | None
 ) -> None:
     """Raise unless known items, embedded again, get the codes that they have."""

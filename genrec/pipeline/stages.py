@@ -93,7 +93,7 @@ def embed(
         save_artifact(
             path,
             kind="vectors",
-            arrays={"vectors": np.asarray(vectors, np.float32)},
+            arrays={"vectors": np.asarray(vectors, np.float32), **extractor.fitted()},
             config=config.to_dict(),
             upstream=upstream,
             extra={"blocks": [asdict(block) for block in extractor.blocks]},
@@ -118,6 +118,11 @@ def with_artifact(catalog: Catalog, vectors: Artifact) -> Catalog:
     blocks = [Block(**block) for block in vectors.extra.get("blocks", ())]
     columns = extractor_type(config).content_columns(vectors_NE.shape[1], blocks)
     return catalog.with_vectors(vectors_NE, columns)
+
+
+def fitted_features(vectors: Artifact) -> dict[str, np.ndarray]:
+    """Return what the extractor fitted when it made these vectors."""
+    return {name: array for name, array in vectors.arrays.items() if name != "vectors"}
 
 
 def fit_tokenizer(
@@ -162,12 +167,19 @@ def build_index(
     options: IndexConfig,
     *,
     features: Mapping[str, Any] | None = None,
+    fitted: Mapping[str, np.ndarray] | None = None,
     interactions: Interactions | None = None,
 ) -> None:
     """Write the index of a catalogue, with what placing new items takes (artifact "index")."""
-    fitted = ItemTokenizer.load(tokenizer.path)
     training = None if interactions is None else interactions.training()
-    built = indexing.build(fitted, catalog, options, features=features, interactions=training)
+    built = indexing.build(
+        ItemTokenizer.load(tokenizer.path),
+        catalog,
+        options,
+        features=features,
+        fitted=fitted,
+        interactions=training,
+    )
     built.save(path, upstream={"tokenizer": tokenizer.fingerprint})
 
 
