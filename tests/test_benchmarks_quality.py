@@ -299,3 +299,30 @@ def test_seeds_of_a_row_must_agree(
     make(folder, tmp_path, "sasrec-sampled", 2, name="rings")
     with pytest.raises(MismatchError, match=r"on rings: settings of seed 2 is not that of seed 1"):
         quality_table.read_cells(tmp_path / "out", quality_rows.row_names())
+
+
+def test_the_committed_table_is_what_its_pieces_say() -> None:
+    """Every piece stands in the table, with its figures; the users are those of the data set."""
+    results = Path(__file__).resolve().parent.parent / "docs" / "results"
+    found = read(results / "quality.json")
+    rows = {(row["dataset"], row["name"], row["masked"]): row for row in found["rows"]}
+    pieces: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted((results / "pieces").glob("*/*.json")):
+        told = read(path)
+        pieces.setdefault((path.parent.name, told["row"]), []).append(told)
+        table = quality_pieces.read_values(path.with_suffix(".parquet"), told)
+        for masked, mode in ((False, "unmasked"), (True, "masked")):
+            mine = table.filter(pl.col("masked") == masked)
+            assert len(mine) == rows[path.parent.name, told["row"], masked]["num_users"]
+            for metric in quality_table.METRICS:
+                assert mine[metric].mean() == pytest.approx(told["metrics"][mode][metric])
+    assert pieces
+    with_pieces = {key[:2] for key, row in rows.items() if row["pieces"]}
+    assert with_pieces == set(pieces)
+    for (dataset, name), mine in pieces.items():
+        for masked, mode in ((False, "unmasked"), (True, "masked")):
+            row = rows[dataset, name, masked]
+            assert row["seeds"] == sorted(told["seed"] for told in mine)
+            for metric in quality_table.METRICS:
+                mean = np.mean([told["metrics"][mode][metric] for told in mine])
+                assert row[metric] == pytest.approx(mean)
