@@ -371,6 +371,16 @@ def lsa_vectors(small_run, ring_dataset):
     return LSA(LSA.Config(num_dimensions=64)).embed(catalog)
 
 
+def test_what_an_extractor_finds_nothing_in_is_refused_and_nothing_else(tmp_path):
+    """The extractor decides, not the texts: it may read pictures, or the title alone."""
+    folder = tokens_folder(tmp_path / "t", reserve=4)
+    table = {"item_id": ["n0", "n1"], "title": [None, "word1 a"], "year": [1999, 2000]}
+    with pytest.raises(UserError, match=r"'n0': the features find nothing in it"):
+        add_items(folder, Catalog(pl.DataFrame(table)))
+    report = add_items(folder, Catalog(pl.DataFrame(table)), skip=True)
+    assert [entry["item_id"] for entry in report["items"]] == ["n1"]
+
+
 def test_a_bundle_answers_with_its_new_items(tmp_path, small_run, lsa_vectors):
     from genrec.recommender import Recommender
 

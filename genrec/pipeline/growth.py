@@ -22,7 +22,7 @@ from genrec.item_index import ItemIndex
 from genrec.pipeline.drift import drift_figures
 from genrec.pipeline.index_folder import Target, align, open_target
 from genrec.pipeline.indexing import OWN_CODES, BuiltIndex
-from genrec.pipeline.new_vectors import embed_new_items
+from genrec.pipeline.new_vectors import NO_TEXT, embed_new_items
 from genrec.runtime import get_logger
 from genrec.tokenizers.base import IntArray, ItemTokenizer
 from genrec.tokenizers.collisions.insertion import Placed, place
@@ -32,7 +32,6 @@ log = get_logger(__name__)
 
 MAX_LISTED = 20
 PRESENT = "its id is in the index already"
-NO_TEXT = "it has no text"
 
 
 @dataclass
@@ -140,13 +139,9 @@ def _add_vectors(
     vectors: Path | None,
 ) -> None:
     """Check texts and put vectors into the new items, where the tokenizer needs them."""
+    if "texts" in tokenizer.needs and len(new.catalog):
+        new.refuse([not text.strip() for text in new.catalog.texts()], NO_TEXT)
     needed = "vectors" in tokenizer.needs or target.reads_content()
-    by_text = "texts" in tokenizer.needs or (needed and vectors is None)
-    if by_text and len(new.catalog):
-        features = built.notes.get("features") or {}
-        columns = features.get("columns") if "texts" not in tokenizer.needs else None
-        texts = new.catalog.texts(columns)
-        new.refuse([not text.strip() for text in texts], NO_TEXT)
     if not needed or not len(new.catalog):
         return
     found, reasons = embed_new_items(

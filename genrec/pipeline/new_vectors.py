@@ -23,6 +23,7 @@ from genrec.features.file import VectorFile
 from genrec.pipeline.indexing import KNOWN_VECTORS, OWN_CODES, BuiltIndex
 from genrec.tokenizers.base import ItemTokenizer
 
+NO_TEXT, NOTHING_KNOWN = "it has no text", "the features find nothing in it"
 NOT_FINITE = "its vector holds NaN or infinity"
 NO_VECTOR = "the file of vectors has none for it"
 NUM_CHECKED, MIN_AGREEMENT, MIN_COSINE = 32, 0.9, 0.99
@@ -60,12 +61,13 @@ def embed_new_items(
         elif known is not None:
             _check_vectors(extractor, fitted, then, built, known.select(np.arange(len(then))))
         found = extractor.embed_later(catalog, fitted, then)
-        missing = np.zeros(len(catalog), bool)
+        missing = np.logical_not(found.any(axis=1))  # zeros: nothing is known
     finite = np.isfinite(found).all(axis=1)
     reasons = {}
     for row, item in enumerate(catalog.item_ids):
         if missing[row]:
-            reasons[item] = NO_VECTOR
+            silent = NOTHING_KNOWN if any(catalog.select([row]).texts()) else NO_TEXT
+            reasons[item] = silent if vectors is None else NO_VECTOR
         elif not finite[row]:
             reasons[item] = NOT_FINITE
     return found, reasons
