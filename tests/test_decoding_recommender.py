@@ -129,7 +129,9 @@ def test_scoring_is_passed_on(recommender, small_run):
     found = level.recommend(HISTORIES, 4, exclude_seen=False)
     ids = [[item for item in row] for row in found.item_ids]
     assert np.allclose(level.score(HISTORIES, ids), found.scores, atol=1e-4)
-    assert (found.scores < recommender.score(HISTORIES, ids)).all()
+    among_items = recommender.score(HISTORIES, ids)
+    assert (found.scores <= among_items + 1e-5).all()  # equal where every code has items below it
+    assert (found.scores < among_items - 0.1).any()
 
 
 def test_the_top_of_a_list_can_be_proven_where_the_list_is_not(recommender):

@@ -72,9 +72,9 @@ def test_other_softmaxes_lose_mass(cls):
     for softmax in ("trie", "level", "vocabulary"):
         model = backbone(cls, CODES, softmax=softmax)
         losses[softmax] = last_item_nll(model, HISTORY, len(CODES))
-    assert (losses["trie"] <= losses["level"]).all() and losses["trie"].sum() < losses[
-        "level"
-    ].sum()
+    # Equal where every code has items below it, as near as two ways of summing come.
+    assert (losses["trie"] <= losses["level"] + 1e-5).all()
+    assert losses["trie"].sum() < losses["level"].sum() - 1.0
     assert (losses["level"] < losses["vocabulary"]).all()
 
 
