@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from genrec.artifacts import load_artifact
 from genrec.config import StrictConfig
@@ -456,7 +457,10 @@ def test_the_default_generator_knows_new_items_by_their_content(tmp_path, monkey
         assert np.array_equal(known[:24], known_before) and len(known) == 26
         assert np.allclose(known[24], known_before[5], atol=1e-5)  # the same text
         assert not np.allclose(known[25], 0) and not np.allclose(known[25], known[24])
-        assert model.content.share_N1[24:].tolist() == [[1.0], [1.0]]
+        share_N = old.content.share_N1[:, 0]  # 2 / (2 + n) of an item with n interactions
+        trained_at = float(torch.sum(2 - 2 * share_N) / torch.sum(2 / share_N - 2))
+        assert 0 < trained_at < 1
+        assert model.content.share_N1[24:].tolist() == [[pytest.approx(trained_at)]] * 2
         assert not model.consumed_N1[24:].any()
     again = add_items(tmp_path / "b", new_items("And another", prefix="m"), out=tmp_path / "b2")
     assert again["num_items"] == 27

@@ -61,7 +61,10 @@ class Content(nn.Module):
 
     @torch.no_grad()
     def describe(self, first: int, vectors_ME: Tensor) -> None:
-        """Take in items that join after training, from row `first` on; they keep all of it.
+        """Take in items that join after training, from row `first` on.
+
+        They keep the share at which the map was trained, the mean over the training interactions of
+        the others: with all of it they would outshine whatever is known better (docs/log.md).
 
         Args:
             first: their first row.
@@ -70,7 +73,11 @@ class Content(nn.Module):
         new_ME = (vectors_ME.to(self.mean_E) - self.mean_E) / self.spread_1
         self.vectors_NE[first:] = new_ME
         if self.half_at is not None:
-            self.share_N1[first:] = 1.0
+            known_N1 = self.share_N1[:first].double()
+            counts_N1 = self.half_at * (1 / known_N1 - 1)
+            total = counts_N1.sum()
+            mean = (counts_N1 * known_N1).sum() / total if total > 0 else known_N1.mean()
+            self.share_N1[first:] = mean.to(self.share_N1)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return the vectors of items, (...) -> (..., D)."""

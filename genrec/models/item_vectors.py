@@ -48,8 +48,9 @@ class ItemVectorsConfig(ItemPositionsConfig):
     others are there, a model does without (and says so)."""
     content_half_at: float | None = Field(default=None, gt=0)
     """Training interactions after which an item keeps half of its content: with h, an item that was
-    consumed n times keeps h / (h + n) of it, whoever is new all of it. None: all of it, always.
-    Without `content` it changes nothing."""
+    consumed n times keeps h / (h + n) of it, whoever training does not know all of it; what joins
+    later keeps the mean over the training interactions. None: all of it, always. Without `content`
+    it changes nothing."""
 
     @property
     def needs_vectors(self) -> bool:
