@@ -300,6 +300,10 @@ def test_items_that_join_later_are_scaled_as_the_others_were(titles, scaling):
     assert found[:, 6:].any(axis=1).all()  # a guess from their neighbours
     with pytest.raises(UserError, match=r"what it fitted .* is not at hand"):
         fusion.embed_later(catalog, {}, known)
+    plain = {"scaling": "none", "missing": "zero", "weights": "equal"}
+    alone = make("fusion", parts=["titles"], **plain)
+    assert np.array_equal(alone.embed_later(catalog, alone.fitted(), None), alone.embed(catalog))
+    assert alone.fitted() == {}
     assert not make("fusion", parts=parts, combine="pca").embeds_later
     assert not make("fusion", parts=["lsa", parts[1]]).embeds_later
 

@@ -215,18 +215,19 @@ class Fusion(FeatureExtractor):
     @property
     def embeds_later(self) -> bool:
         """Whether a part can, and the others can be filled in from the items that have them."""
-        parts_can = list(map(_alone, self.parts))
-        if self.embeds_alone and all(parts_can):
-            return True
-        return self.config.combine == "concatenate" and any(parts_can)
+        return self.config.combine == "concatenate" and any(map(_alone, self.parts))
+
+    @property
+    def _fits_nothing(self) -> bool:
+        return self.embeds_alone and all(map(_alone, self.parts))
 
     def fitted(self) -> dict[str, np.ndarray]:
-        """Return the parts' scales and weights, and which item had which part."""
+        """Return the parts' scales and weights, and which item had which part; {} if none of it."""
         return dict(self._fitted)
 
     def _keep(self, scales: list[Scale], ready: list[np.ndarray], weights: np.ndarray) -> None:
         self._fitted = {}
-        if not self.embeds_later:
+        if self._fits_nothing or not self.embeds_later:
             return
         self._fitted = {"weights": weights, "has": np.stack([present(p) for p in ready], axis=1)}
         for number, scale in enumerate(scales):
@@ -243,6 +244,8 @@ class Fusion(FeatureExtractor):
         Raises:
             UserError: nothing was fitted, or is at hand.
         """
+        if self._fits_nothing:
+            return self.embed(catalog)
         if not self.embeds_later or vectors_NE is None or "weights" not in fitted:
             raise UserError(
                 "features.fusion: what it fitted when the other items were embedded is not at hand "
