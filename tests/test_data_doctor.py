@@ -118,6 +118,7 @@ def test_catalogue_of_bare_ids_has_no_text():
     table = pl.DataFrame({"item_id": [str(n) for n in range(NUM_ITEMS)]})
     finding = only(build(*clean(), table=table))
     assert (finding.code, finding.count) == ("items_without_text", NUM_ITEMS)
+    assert "`features: auto` takes co-occurrence then" in finding.message
 
 
 def test_users_too_short():

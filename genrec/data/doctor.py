@@ -251,11 +251,16 @@ def _no_text(dataset: Dataset) -> Iterator[Finding]:
     texts = dataset.catalog.texts()
     rows = np.array([row for row, text in enumerate(texts) if not text.strip()], dtype=np.int64)
     if len(rows):
+        remedy = "Give an items table that covers them, or use collaborative vectors."
+        if len(rows) == len(texts):
+            remedy = (
+                "`features: auto` takes co-occurrence then; an items table says more."
+            )
         yield Finding(
             "warning",
             "items_without_text",
             f"{len(rows):,} of {len(texts):,} items have no text at all: text vectors cannot tell "
-            "them apart. Give an items table that covers them, or use collaborative vectors.",
+            f"them apart. {remedy}",
             len(rows),
             _items(dataset, rows),
         )
