@@ -253,9 +253,7 @@ def _no_text(dataset: Dataset) -> Iterator[Finding]:
     if len(rows):
         remedy = "Give an items table that covers them, or use collaborative vectors."
         if len(rows) == len(texts):
-            remedy = (
-                "`features: auto` takes co-occurrence then; an items table says more."
-            )
+            remedy = "`features: auto` takes co-occurrence then; an items table says more."
         yield Finding(
             "warning",
             "items_without_text",
