@@ -92,10 +92,17 @@ class _StopsClock:
         pass
 
 
-def train_ours(model: Backbone, examples: TrainingExamples, batch_size: int) -> Clock:
+def train_ours(
+    model: Backbone, examples: TrainingExamples, batch_size: int, *, bf16: bool = False
+) -> Clock:
     """Train a copy for one epoch."""
     config = Trainer.Config(
-        epochs=1, batch_size=batch_size, schedule="constant", warmup=0.0, patience=1
+        epochs=1,
+        batch_size=batch_size,
+        schedule="constant",
+        warmup=0.0,
+        patience=1,
+        precision="bf16" if bf16 else "fp32",
     )
     trainer = Ours(config, seed=0)
     trainer.clock, trainer.num_levels = Clock(), model.num_levels
@@ -142,6 +149,8 @@ def train_theirs(
     rows: list[Example],
     batch_size: int,
     sampling: str = "random",
+    *,
+    bf16: bool = False,
 ) -> Clock:
     """Train the same weights for one epoch with transformers' loop.
 
@@ -153,6 +162,7 @@ def train_theirs(
         rows: the examples.
         batch_size: rows of a batch.
         sampling: "random"; "group_by_length"; "sequential", in the order of `rows`.
+        bf16: its mixed precision.
     """
     ours = Trainer.Config()
     if sampling == "group_by_length":
@@ -165,6 +175,7 @@ def train_theirs(
         arguments = transformers.TrainingArguments(
             output_dir=folder,
             use_cpu=True,
+            bf16=bf16,
             num_train_epochs=1,
             per_device_train_batch_size=batch_size,
             train_sampling_strategy="random" if sampling == "random" else "sequential",

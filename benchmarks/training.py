@@ -42,6 +42,7 @@ from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
 from genrec.models.hierarchical import Hierarchical
 from genrec.trainers.batching import Spans, TrainingExamples
+from genrec.trainers.optimization import cpu_has_bf16
 
 # Lengths of Amazon Beauty's users (5-core, 22,363 users, mean 8.88): shares and their quantiles.
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
@@ -148,16 +149,20 @@ def case(
     *,
     sampling: str = "random",
     windows: bool = False,
+    bf16: tuple[bool, bool] = (False, False),
 ) -> common.Row:
-    """Time one model under both loops, given what `same_training` or `same_windows` found."""
+    """Time one model under both loops, given what `same_training` or `same_windows` found.
+
+    `bf16` says of either side whether it multiplies in bf16; the check was made in fp32.
+    """
     examples = TrainingExamples(interactions, model.training_unit, model.config.max_history)
     spans = examples.spans(0, 0)
     rows = their_rows(model, examples, spans)
     if windows:
         rows = windows_of(rows, model.num_levels)
     ours, theirs = alternate(
-        lambda: train_ours(model, examples, size.batch_size),
-        lambda: train_theirs(model, rows, size.batch_size, sampling),
+        lambda: train_ours(model, examples, size.batch_size, bf16=bf16[0]),
+        lambda: train_theirs(model, rows, size.batch_size, sampling, bf16=bf16[1]),
         runs=size.runs,
     )
     targets = len(interactions)
@@ -280,7 +285,15 @@ def cases(t5: Size, causal: Size) -> list[common.Row]:
     dropping_items = make_model(Hierarchical, dropout=0.5, softmax="level", **options)
     name, grouped = "encoder_decoder", "hf_trainer, group_by_length"
     whole, by_length = "decoder_only, one sequence per user", "group_by_length"
+    mixed = []
+    if cpu_has_bf16():
+        both, alone = (True, True), (True, False)
+        mixed = [
+            case(f"{name}, bf16", "hf_trainer, fp32", plain, users, t5, one, bf16=alone),
+            case(f"{name}, bf16", "hf_trainer, bf16", plain, users, t5, one, bf16=both),
+        ]
     return [
+        *mixed,
         case(name, "hf_trainer", plain, users, t5, one),
         case(name, grouped, plain, users, t5, one, sampling=by_length),
         case(f"{name}, dropout 0.1", "hf_trainer", dropping, users, t5, three),
