@@ -147,7 +147,7 @@ GENERATORS: dict[str, dict[str, Any]] = {
     },
     # One pass over the data, which is what an hour of a CPU core allows on MovieLens-100K.
     "smollm2-lora": _SMOLLM2,
-    # Small batches and three passes: the same hour for a tenth of Amazon Beauty.
+    # Small batches and three passes: the same hour for a sample of Amazon Beauty.
     "smollm2-lora-small": {
         **_SMOLLM2,
         "trainer": {
