@@ -144,7 +144,8 @@ def _check_vectors(
     if columns is not None:
         before, now = before[:, columns], now[:, columns]
     lengths = np.linalg.norm(before, axis=1) * np.linalg.norm(now, axis=1)
-    cosine = np.divide((before * now).sum(1), lengths, out=np.ones(len(rows)), where=lengths > 0)
+    nothing = ~before.any(axis=1) & ~now.any(axis=1)  # nothing then, nothing now: the same
+    cosine = np.divide((before * now).sum(1), lengths, out=nothing * 1.0, where=lengths > 0)
     same = int((cosine >= MIN_COSINE).sum())
     if same < MIN_AGREEMENT * len(rows):
         raise MismatchError(

