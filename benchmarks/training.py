@@ -291,6 +291,15 @@ def cases(t5: Size, causal: Size) -> list[common.Row]:
         mixed = [
             case(f"{name}, bf16", "hf_trainer, fp32", plain, users, t5, one, bf16=alone),
             case(f"{name}, bf16", "hf_trainer, bf16", plain, users, t5, one, bf16=both),
+            case(
+                f"{name}, dropout 0.1, bf16",
+                "hf_trainer, fp32",
+                dropping,
+                users,
+                t5,
+                three,
+                bf16=alone,
+            ),
         ]
     return [
         *mixed,

@@ -28,7 +28,7 @@ def test_quick_benchmark_starts_both_sides_from_the_same_loss(root: Path, tmp_pa
     twins = [row for row in result["rows"] if "first_loss_difference" in row["details"]]
     across = [row for row in result["rows"] if row not in twins]
     mixed = [row["baseline"] for row in twins if "bf16" in row["case"]]
-    both = ["hf_trainer, fp32", "hf_trainer, bf16"]
+    both = ["hf_trainer, fp32", "hf_trainer, bf16", "hf_trainer, fp32"]
     assert mixed == (both if cpu_has_bf16() else [])
     assert len(twins) == 6 + len(mixed) and len(across) == 2
     assert {row["details"]["model"]["name"] for row in across} == {"hierarchical"}

@@ -18,7 +18,7 @@ from genrec.models.base import FIRST_TOKEN, Batch, keep, pad_histories
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
 from genrec.models.hierarchical import Hierarchical
-from genrec.models.layers import relative_buckets
+from genrec.models.layers import attend, relative_buckets
 from genrec.models.parallel import Parallel
 from genrec.runtime import load_object
 from genrec.testing.models import (
@@ -254,6 +254,28 @@ def test_buckets_equal_transformers(num_buckets, max_distance, bidirectional):
     assert torch.equal(
         relative_buckets(distances, num_buckets, max_distance, bidirectional), theirs
     )
+
+
+@pytest.mark.parametrize("kind", ["visible", "bias", "causal"])
+def test_attention_that_trains_in_bf16_equals_the_library_in_fp32(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8), (1, 3, 5, 5), (2, 3, 5, 8)]
+    *inputs, bias, gradient = (torch.randn(s, generator=generator).bfloat16() for s in shapes)
+    visible = torch.tensor([[True] * 5, [True, True, False, False, False]])[:, None, None]
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        query, keys, values, learned = (
+            x.to(dtype).detach().requires_grad_() for x in (*inputs, bias)
+        )
+        mask = {"visible": visible, "bias": learned, "causal": None}[kind]
+        output = attend(query, keys, values, mask, is_causal=kind == "causal", scale=0.5)
+        output.backward(gradient.to(dtype))
+        learning = [query, keys, values, *([learned] if kind == "bias" else [])]
+        found.append([output, *(x.grad for x in learning)])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.allclose(ours.float(), theirs, atol=0.05)
+        assert theirs.abs().max() > 0.5  # of a size that the tolerance does not hide
 
 
 @given(

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from genrec.models.layers import (
     FeedForward,
     Forgetful,
+    attend,
     merge_heads,
     rotate,
     shared_prompt_attention,
@@ -86,7 +87,7 @@ class CausalLayer(Forgetful):
         dropout = self.attention_dropout if self.training else 0.0
         # No mask: padding stands right of everything that is read, so causality hides it, and the
         # flash kernels stay usable.
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
+        mixed = attend(query, key, value, is_causal=True, dropout=dropout)
         return self.finish(x_BTD, merge_heads(mixed)), (key, value)
 
     def keys_values(self, x_BTD: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> KeysValues:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genrec.models.layers import FeedForward, Forgetful, merge_heads, split_heads
+from genrec.models.layers import FeedForward, Forgetful, attend, merge_heads, split_heads
 
 if TYPE_CHECKING:
     from genrec.models.encoder_decoder import EncoderDecoder
@@ -55,9 +55,7 @@ class Attention(nn.Module):
     def mix(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Return the attention's output (B, Q, D); `bias` is added to the scores (or a mask)."""
         dropout = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=bias, dropout_p=dropout, scale=1.0
-        )
+        mixed = attend(query, keys, values, bias, dropout=dropout, scale=1.0)
         return self.out(merge_heads(mixed))
 
 
