@@ -38,6 +38,7 @@ from genrec.cli.common import DEFAULT_CACHE
 from genrec.config import load_yaml
 from genrec.configs_folder import find_config
 from genrec.data import Dataset
+from genrec.data.doctor import require_sound
 from genrec.data.interactions import Examples
 from genrec.errors import GenrecError, UserError
 from genrec.evaluation import beyond_accuracy
@@ -186,6 +187,7 @@ def make_piece(
 
     Raises:
         UserError: a finished piece is of other data or other settings.
+        DataError: the doctor calls the data an error.
     """
     dataset = Run(order.config, out=out, cache=cache, device=device).dataset()
     order = replace(order, name=order.name or dataset.name)
@@ -193,6 +195,7 @@ def make_piece(
     if path.is_file() and not again:
         _check_same(path, order, dataset.fingerprint)
         return path
+    require_sound(dataset)
     here = logs / order.name / f"{order.row}-{order.seed}"
     run = Run(order.config, out=here, cache=cache, device=device)
     with runtime.default_device(run.accelerator.device):

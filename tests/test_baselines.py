@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -170,6 +171,7 @@ def dataset_folder(tmp_path_factory) -> str:
     """A ring: each item is followed by the next one, so Markov is perfect."""
     sequences = [[(start + i) % 20 for i in range(6)] for start in range(20)] * 3
     world = interactions_of(sequences, 20)
+    world = replace(world, timestamps=np.tile(np.arange(1, 7), len(sequences)))
     catalog = Catalog(pl.DataFrame({"item_id": [f"i{n}" for n in range(20)]}))
     path = tmp_path_factory.mktemp("data") / "ring"
     Dataset(catalog, world, {"name": "ring"}).save(path)

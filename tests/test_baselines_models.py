@@ -288,7 +288,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     sequences = [[(start + i) % 20 for i in range(6)] for start in range(20)] * 3
     offsets = np.arange(len(sequences) + 1) * 6
     rows = np.array(sequences, dtype=np.int32).reshape(-1)
-    events = Interactions(rows, offsets, np.zeros(len(rows), int), leave_one_out(offsets), 20)
+    times = np.tile(np.arange(1, 7), len(sequences))
+    events = Interactions(rows, offsets, times, leave_one_out(offsets), 20)
     catalog = Catalog(pl.DataFrame({"item_id": [f"i{n}" for n in range(20)]}))
     root: Path = tmp_path_factory.mktemp("data")
     Dataset(catalog, events, {"name": "ring"}).save(root / "ring")

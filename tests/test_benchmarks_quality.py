@@ -16,7 +16,7 @@ from genrec.cli import main
 from genrec.configs_folder import find_config
 from genrec.data import Dataset
 from genrec.data.synthetic import ring
-from genrec.errors import ConfigError, MismatchError, UserError
+from genrec.errors import ConfigError, DataError, MismatchError, UserError
 from genrec.evaluation.evaluator import evaluate_scores
 from genrec.models.baselines import Markov, make_baselines
 
@@ -115,6 +115,21 @@ def test_a_counting_piece_holds_what_every_user_earned(folder: Path, tmp_path: P
             assert told["metrics"][mode][metric] == pytest.approx(expected[metric].mean())
     hits = pl.read_parquet(path.with_suffix(".parquet"))
     assert len(hits) == (table["recall@10"] > 0).sum()
+
+
+def test_no_piece_is_made_of_data_with_an_error(tmp_path: Path) -> None:
+    sequences = tmp_path / "sequences.txt"
+    lines = [" ".join(map(str, (user, *range(user, user + 6)))) for user in range(1, 41)]
+    sequences.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data = tmp_path / "sorted"
+    command = ["prepare", "sequences", str(sequences), "--out", str(data), "--k-core", "1"]
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(command)
+    with pytest.raises(DataError, match="order of the items' id"):
+        make(data, tmp_path, "markov")
+    assert not list((tmp_path / "out").rglob("*.json"))
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["baselines", str(data)])
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import polars as pl
 import pytest
 
 from genrec.data import Catalog, Dataset, Interactions
-from genrec.data.doctor import Finding, examine
+from genrec.data.doctor import Finding, examine, require_sound
 from genrec.data.splits import leave_one_out
 from genrec.data.synthetic import ring
+from genrec.errors import DataError
 
 NUM_ITEMS, NUM_USERS, LENGTH = 12, 30, 5
 
@@ -146,6 +147,18 @@ def test_sequences_sorted_by_item_id_instead_of_time(reverse):
     assert "order of the items' id, and no time says otherwise" in findings[0].message
     (finding,) = about_order(build(sequences, times))  # the times agree: not impossible
     assert (finding.code, finding.level) == ("sorted_by_item", "warning")
+
+
+def test_nothing_is_measured_on_data_with_an_error(caplog):
+    sequences, times = clean()
+    assert require_sound(build(sequences, times)) == examine(build(sequences, times))
+    data = build([sorted(s) for s in sequences], [[0] * LENGTH for _ in times])
+    with pytest.raises(DataError, match="order of the items' id, and no time says otherwise"):
+        require_sound(data)
+    sequences[0], times[0] = sequences[0][:2], times[0][:2]
+    with caplog.at_level("WARNING", logger="genrec"):
+        require_sound(build(sequences, times))
+    assert "doctor: 1 of 30 users have fewer than 3" in caplog.text
 
 
 def test_sequences_sorted_by_item_id_as_text():

@@ -120,6 +120,7 @@ def _evaluate(
     from genrec import runtime
     from genrec.bundle import mode_name
     from genrec.data import Dataset
+    from genrec.data.doctor import require_sound
     from genrec.errors import DataError, UserError
     from genrec.evaluation import beyond_accuracy
     from genrec.evaluation.evaluator import DEFAULT_KS, evaluate_scores, summarise
@@ -129,6 +130,7 @@ def _evaluate(
         raise UserError(f"--split: got {split!r}, expected 'test' or 'valid'.")
     choices = _choices(names, vectors)
     data = Dataset.load(path)
+    require_sound(data)
     examples = data.interactions.examples(split)  # type: ignore[arg-type]
     if not len(examples):
         raise DataError(

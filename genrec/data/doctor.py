@@ -15,10 +15,14 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
+from genrec import runtime
 from genrec.data.catalog import ITEM_ID
 from genrec.data.dataset import Dataset
 from genrec.data.interactions import TEST, TRAIN, Interactions
 from genrec.data.splits import MIN_HELD_OUT_LENGTH
+from genrec.errors import DataError
+
+log = runtime.get_logger(__name__)
 
 Level = Literal["error", "warning", "info"]
 _SHOWN = 5
@@ -68,6 +72,25 @@ def examine(dataset: Dataset, vectors: np.ndarray | None = None) -> list[Finding
         found.extend(_vectors(dataset, np.asarray(vectors)))
     order = {"error": 0, "warning": 1, "info": 2}
     return sorted(found, key=lambda finding: order[finding.level])
+
+
+def require_sound(dataset: Dataset) -> list[Finding]:
+    """Examine a dataset before anything is measured on it; log what it warns of.
+
+    Returns:
+        what `examine` found.
+
+    Raises:
+        DataError: it has an error, with which figures would mean nothing.
+    """
+    findings = examine(dataset)
+    for finding in findings:
+        if finding.level != "info":
+            log.warning("doctor: %s", finding.message)
+    errors = [finding.message for finding in findings if finding.level == "error"]
+    if errors:
+        raise DataError("the data set has errors (see `genrec doctor`):\n" + "\n".join(errors))
+    return findings
 
 
 def _bad_rows(dataset: Dataset) -> Iterator[Finding]:

@@ -23,8 +23,7 @@ from genrec.artifacts import (
 )
 from genrec.bundle import mode_name, save_bundle
 from genrec.data import Catalog, Dataset
-from genrec.data.doctor import examine
-from genrec.errors import DataError
+from genrec.data.doctor import require_sound
 from genrec.item_index import ItemIndex
 from genrec.pipeline import reporting, results, sample_lists, stages
 from genrec.pipeline.finished import FinishedRun
@@ -71,7 +70,7 @@ class Run(ModelStages):
     def _execute(self, command: str) -> dict[str, Any]:
         begun = time.perf_counter()
         dataset = self.dataset()
-        findings = self._check(dataset)
+        findings = require_sound(dataset)
         catalog = self.embed(dataset)
         runs = [self.one_seed(dataset, catalog, seed) for seed in self.config.seeds]
         baselines = self.baselines(dataset)
@@ -142,16 +141,6 @@ class Run(ModelStages):
             levels=self.levels(dataset, index, parts["model"], lists, 0, calibration.config),
         )
         return self._results(dataset, [run], self.baselines(dataset), begun)
-
-    def _check(self, dataset: Dataset) -> list[Any]:
-        findings = examine(dataset)
-        for finding in findings:
-            if finding.level != "info":
-                log.warning("doctor: %s", finding.message)
-        errors = [finding.message for finding in findings if finding.level == "error"]
-        if errors:
-            raise DataError("the data set has errors (see `genrec doctor`):\n" + "\n".join(errors))
-        return findings
 
     def one_seed(self, dataset: Dataset, catalog: Catalog, seed: int) -> SeedRun:
         """Run everything that depends on the seed."""
