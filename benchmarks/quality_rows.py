@@ -25,6 +25,7 @@ PREPARED = {
     "amazon-beauty": _BEAUTY,
     "amazon-beauty-shuffled": f"{_BEAUTY} --ties hash --name amazon-beauty-shuffled",
     "amazon-beauty-6000": f"{_BEAUTY} --sample-users 6000 --name amazon-beauty-6000",
+    "lastfm": "genrec prepare sequences LastFM.txt --name lastfm",
 }
 """Data set of the table -> what made it of S3-Rec's files (`--out` left out)."""
 
