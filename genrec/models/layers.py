@@ -64,7 +64,7 @@ def attend(
     """Attend; as `torch.nn.functional.scaled_dot_product_attention`, whose arguments these are.
 
     That function it is, but for training in bf16 on a CPU: its backward passes are slow there, and
-    with plain products the encoder-decoder trains 1.3 times as fast (`benchmarks.training`).
+    with plain products the encoder-decoder trains 1.3 times as fast (docs/training.md).
 
     Args:
         query: (B, h, Q, d).
