@@ -93,9 +93,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--runs", type=int, default=3, help="how often each is asked")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
+    if min(arguments.requests, arguments.runs) < 1:
+        parser.error("--requests and --runs: expected 1 or more")
     common.one_thread()
     recommender = Recommender.from_pretrained(arguments.bundle, device="cpu")
     histories = histories_of(Dataset.load(arguments.dataset), arguments.requests)
+    if not histories:
+        parser.error(f"{arguments.dataset} has no test users, expected a data set with some")
     return common.report([latency(recommender, histories, arguments.runs)], arguments.json)
 
 

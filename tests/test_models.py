@@ -278,6 +278,25 @@ def test_attention_that_trains_in_bf16_equals_the_library_in_fp32(kind: str) -> 
         assert theirs.abs().max() > 0.5  # of a size that the tolerance does not hide
 
 
+def test_attention_uses_the_library_but_for_training_in_bf16_on_a_cpu(monkeypatch) -> None:
+    calls: list[torch.dtype] = []
+    library = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, *rest, **options):
+        calls.append(query.dtype)
+        return library(query, *rest, **options)
+
+    monkeypatch.setattr("genrec.models.layers.F.scaled_dot_product_attention", counted)
+    low = torch.randn(1, 2, 3, 4).bfloat16()
+    plain = attend(low, low, low, is_causal=True)
+    assert not calls
+    assert attend(low, low, low, dropout=1.0).abs().max() == 0
+    with torch.no_grad():  # and the same default scale
+        assert torch.allclose(plain, attend(low, low, low, is_causal=True), atol=0.05)
+    attend(low.float(), low.float(), low.float())
+    assert calls == [torch.bfloat16, torch.float32]
+
+
 @given(
     st.lists(st.lists(st.integers(0, 99), max_size=9), min_size=1, max_size=4),
     st.integers(1, 6),

@@ -63,8 +63,8 @@ def attend(
 ) -> Tensor:
     """Attend; as `torch.nn.functional.scaled_dot_product_attention`, whose arguments these are.
 
-    That function it is, but for training in bf16 on a CPU: its backward passes are slow there, and
-    with plain products the encoder-decoder trains 1.3 times as fast (docs/training.md).
+    That function it is, but for training in bf16 on a CPU: its backward passes are slow there
+    (`benchmarks.training` has both). The plain products hold all scores, (B, h, Q, T).
 
     Args:
         query: (B, h, Q, d).
