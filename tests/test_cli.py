@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from genrec.cli import build_app, main
@@ -128,6 +129,29 @@ def test_the_stages_alone_make_a_bundle_that_answers(
     asked = done("recommend", out["bundle"], "--history", "50,51,52", "-k", 3)
     assert len(asked[0]["items"]) == 3 and asked[0]["items"][0]["title"].startswith("Ring item")
     assert (out["bundle"] / "tokenizer").is_dir()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "baselines"])
+def test_stages_that_measure_refuse_data_with_an_error(
+    command: str, capsys: pytest.CaptureFixture[str], small_config: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    lines = [[user, *sorted(rng.permutation(40)[:12])] for user in range(60)]
+    (tmp_path / "sorted.txt").write_text("".join(" ".join(map(str, x)) + "\n" for x in lines))
+    data = tmp_path / "data"
+    status, _, err = call(
+        capsys, "prepare", "sequences", tmp_path / "sorted.txt", "--out", data, "--name", "sorted"
+    )
+    assert status == 0, err
+    config = ["--config", small_config]
+    arguments = {
+        "train": [data, *config, "--index", tmp_path / "none", "--out", tmp_path / "model"],
+        "evaluate": [tmp_path / "none", data, *config, "--cache", tmp_path / "cache"],
+        "baselines": [data],
+    }
+    status, _, err = call(capsys, command, *arguments[command])
+    assert status == 2 and "order of the items' id, and no time says otherwise" in err
+    assert not (tmp_path / "model").exists()
 
 
 def test_recommend_prints_titles_and_probabilities(

@@ -91,12 +91,15 @@ def train(
     """Train a generator on an index; a killed call goes on where it was when run again."""
     from genrec.artifacts import fingerprint, load_artifact
     from genrec.data import Dataset
+    from genrec.data.doctor import require_sound
     from genrec.item_index import ItemIndex
     from genrec.pipeline import stages
     from genrec.pipeline.processes import make_accelerator
 
     resolved = load_config(config, overrides, data=str(dataset))
-    loaded, item_index = Dataset.load(dataset), ItemIndex.load(_part(index, "index"))
+    loaded = Dataset.load(dataset)
+    require_sound(loaded)
+    item_index = ItemIndex.load(_part(index, "index"))
     accelerator = make_accelerator(device=device)
     where = [accelerator.device.type, accelerator.num_processes]
     model: Any = resolved.model

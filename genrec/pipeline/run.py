@@ -119,10 +119,12 @@ class Run(ModelStages):
         """Evaluate a finished bundle on the configured data set; return what results.json holds.
 
         Raises:
+            DataError: the data checks found errors.
             MismatchError: the data set's items are not those of the bundle, in its order.
         """
         begun = time.perf_counter()
         dataset = self.dataset()
+        require_sound(dataset)
         load_artifact(path, kind="bundle")
         parts = {name: load_artifact(path / name, kind=name) for name in ("index", "model")}
         index = ItemIndex.load(path / "index")
