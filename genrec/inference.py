@@ -9,11 +9,13 @@ Shapes: B histories, k list length, N items.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from genrec import runtime
 from genrec.data.interactions import Examples
@@ -61,6 +63,24 @@ class RankedLists:
         return RankedLists(rows, logprobs, certified, self.num_eligible, proven, boosts)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode and, at the end, back into the mode it had.
+
+    One that is there already is left alone: setting the mode of every part costs a request of one
+    user more than finding out.
+    """
+    if not any(module.training for module in model.modules()):
+        yield
+        return
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.inference_mode()
 def search(
     model: Backbone,
@@ -103,10 +123,9 @@ def search(
     added = None if boosts is None else np.zeros((total, k))
     # Long and short histories apart: padding is what costs (measured 1.45x, docs/decoding.md).
     order = np.argsort([len(h) for h in histories], kind="stable")
-    training = model.training
-    model.eval()
+    shown = total if description else 0
     advance: Callable[[int], None]
-    with runtime.progress(description or "", total if description else 0) as advance:
+    with evaluating(model), runtime.progress(description or "", shown) as advance:
         for start in range(0, total, batch_size):
             begun = time.perf_counter()
             chosen = order[start : start + batch_size]
@@ -132,7 +151,6 @@ def search(
             if on_batch is not None:  # the results are on the host: nothing is still running
                 on_batch(len(chosen), time.perf_counter() - begun)
             advance(len(chosen))
-    model.train(training)
     open_N = _open_rows(constraint)
     eligible = np.array([_num_eligible(open_N, exclude, allow, i) for i in range(total)])
     return RankedLists(rows, logprobs, certified, eligible.astype(np.int64), proven, added)
@@ -169,9 +187,8 @@ def level_logprobs(
     if not rows.shape[1]:
         return found
     order = np.argsort([len(h) for h in histories], kind="stable")
-    training = model.training
-    model.eval()
-    with runtime.progress(description or "", len(histories) if description else 0) as advance:
+    shown = len(histories) if description else 0
+    with evaluating(model), runtime.progress(description or "", shown) as advance:
         for start in range(0, len(histories), batch_size):
             chosen = order[start : start + batch_size]
             batch = read_batch(model, histories, chosen, context)
@@ -184,7 +201,6 @@ def level_logprobs(
             )
             found[chosen] = levels.double().cpu().numpy()
             advance(len(chosen))
-    model.train(training)
     return found
 
 
