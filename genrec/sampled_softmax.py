@@ -39,6 +39,7 @@ def sampled_logits(
     drawn_M: Tensor,
     seen_PT: Tensor,
     num_items: int,
+    num_possible: int | None = None,
 ) -> Tensor:
     """Return logits (P, 1 + M + T) whose first column is the target.
 
@@ -53,6 +54,7 @@ def sampled_logits(
         drawn_M: int64 rows, all different; what a place counts already is left out there.
         seen_PT: int64 rows of items that each place has read, each once; -1 for none.
         num_items: N.
+        num_possible: how many of them can be meant, those of all arguments among them; None: N.
     """
     seen_PT = seen_PT.masked_fill(seen_PT == targets_P[:, None], -1)
     num_drawn = len(drawn_M)
@@ -63,7 +65,8 @@ def sampled_logits(
     known_PM = torch.zeros(
         len(targets_P), num_drawn + 1, dtype=torch.bool, device=targets_P.device
     ).scatter_(1, columns, True)[:, :num_drawn]
-    others_P1 = (num_items - (counted >= 0).sum(1, keepdim=True)).clamp(min=1)
+    possible = num_items if num_possible is None else num_possible
+    others_P1 = (possible - (counted >= 0).sum(1, keepdim=True)).clamp(min=1)
     drawn_P1 = (~known_PM).sum(1, keepdim=True).clamp(min=1)
     drawn_scores_PM = drawn_scores_PM + torch.log(others_P1 / drawn_P1)
     return torch.cat(

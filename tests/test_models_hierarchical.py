@@ -227,9 +227,11 @@ def test_repeat_bias_learns_that_nobody_takes_an_item_twice():
 
 
 @pytest.mark.parametrize("repeat_bias", [False, True])
-def test_with_all_items_as_negatives_the_loss_is_the_full_one(repeat_bias):
-    options = {"items_from": 0, "repeat_bias": repeat_bias}
+@pytest.mark.parametrize("consumed_only", [False, True])
+def test_with_all_items_as_negatives_the_loss_is_the_full_one(repeat_bias, consumed_only):
+    options = {"items_from": 0, "repeat_bias": repeat_bias, "consumed_only": consumed_only}
     full = backbone(CODES, **options).train()
+    full.meet_items(np.arange(len(CODES)) < 30)
     drawn = backbone(CODES, **options, num_negatives=40).train()
     drawn.load_state_dict(full.state_dict())
     batch = training_batch(full, [(3, 1, 4), (2, 6, 2, 9, 9, 2, 5), (7,)])
@@ -388,8 +390,9 @@ def test_items_that_training_does_not_know_have_no_vector_of_their_own(tmp_path)
 
 
 @pytest.mark.parametrize("consumed_only", [True, False])
-def test_items_that_nobody_consumed_are_no_negatives_where_asked(consumed_only, tmp_path):
-    model = backbone(CODES, items_from=1, content=True, consumed_only=consumed_only, dropout=0.0)
+@pytest.mark.parametrize("choice", [{"items_from": 1}, {"items_from": 0, "num_negatives": 60}])
+def test_items_that_nobody_consumed_are_no_negatives_where_asked(consumed_only, choice, tmp_path):
+    model = backbone(CODES, **choice, content=True, consumed_only=consumed_only, dropout=0.0)
     model.start_from(Catalog.from_vectors(vectors_of(len(CODES)), CODES.item_ids))
     model.meet_items(np.arange(len(CODES)) != 2)
     batch = training_batch(model, [(3, 1, 4, 1), (5, 9)])
@@ -409,10 +412,11 @@ def test_items_that_nobody_consumed_are_no_negatives_where_asked(consumed_only, 
     assert torch.equal(load_model(tmp_path / "m", CODES).consumed_N1, model.consumed_N1)
 
 
-@pytest.mark.parametrize("options", [{}, {"items_from": 0, "num_negatives": 4}])
-def test_leaving_items_out_needs_a_softmax_over_items(options):
-    with pytest.raises(ConfigError, match=r"model\.consumed_only: got true with items_from"):
-        backbone(CODES, consumed_only=True, **options)
+def test_leaving_items_out_needs_a_choice_among_items():
+    with pytest.raises(
+        ConfigError, match=r"model\.consumed_only: got true without model\.items_from"
+    ):
+        backbone(CODES, consumed_only=True)
 
 
 def test_content_that_was_not_given_says_so():

@@ -80,11 +80,10 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
                 "expected items_from 0, the softmax over the whole catalogue that they stand for. "
                 "Set model.items_from=0 or model.num_negatives=null."
             )
-        if self.config.consumed_only and (first is None or self.config.num_negatives):
+        if first is None and self.config.consumed_only:
             raise ConfigError(
-                f"model.consumed_only: got true with items_from {first} and num_negatives "
-                f"{self.config.num_negatives}, expected a softmax over all items below a prefix, "
-                "some of which it leaves out. Set model.items_from=1 and model.num_negatives=null."
+                "model.consumed_only: got true without model.items_from, expected a choice among "
+                "items, some of which it leaves out. Set model.items_from=1."
             )
         if first is None and self.config.repeat_bias:
             raise ConfigError(
@@ -185,8 +184,11 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
 
     def _sampled_logits(self, query_MD: Tensor, rows_M: Tensor, sequence_BH: Tensor) -> Tensor:
         """Return logits (M, 1 + X + H) of the target, X random items and those seen."""
-        every_ND = self.item_vectors(torch.arange(len(self.tokens_NL), device=self.device))
-        drawn_X = torch.randperm(len(every_ND), device=self.device)[: self.config.num_negatives]
+        every_N = torch.arange(len(self.tokens_NL), device=self.device)
+        every_ND = self.item_vectors(every_N)
+        pool_N = every_N[self.consumed_N1[:, 0]] if self.config.consumed_only else every_N
+        order_N = torch.randperm(len(pool_N), device=self.device)
+        drawn_X = pool_N[order_N[: self.config.num_negatives]]
         query_BHD = query_MD.view(*sequence_BH.shape, -1)
         read_HH = torch.ones_like(sequence_BH[0, :, None] == sequence_BH[0]).tril(-1)
         vectors_BHD = F.embedding(sequence_BH.clamp(min=0), every_ND)
@@ -203,7 +205,8 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
             targets_P=rows_M.clamp(min=0),
             drawn_M=drawn_X,
             seen_PT=seen_items(sequence_BH, read_HH).flatten(0, 1),
-            num_items=len(every_ND),
+            num_items=len(every_N),
+            num_possible=len(pool_N),
         )
 
     def _training_scores(self, query_MD: Tensor, group_M: Tensor) -> Tensor:
