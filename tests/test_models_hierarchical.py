@@ -328,6 +328,33 @@ def test_items_that_are_well_known_keep_less_of_their_content(tmp_path):
     torch.testing.assert_close(loaded.content.share_N1, share_N1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("consumed_only", [True, False])
+def test_items_that_nobody_consumed_keep_what_joining_items_keep(consumed_only):
+    settings = {"items_from": 1, "content": True, "content_half_at": 2.0}
+    model = backbone(CODES, **settings, consumed_only=consumed_only)
+    model.start_from(Catalog.from_vectors(vectors_of(len(CODES)), CODES.item_ids))
+    counts_N = np.arange(len(CODES))[::-1] % 5
+    model.meet_items(counts_N)
+    mean = (counts_N * 2 / (2 + counts_N)).sum() / counts_N.sum()  # over the interactions
+    new = counts_N == 0
+    kept = model.content.share_N1[new].unique().tolist()
+    assert kept == pytest.approx([mean if consumed_only else 1])
+    model.describe(39, vectors_of(1))  # nobody consumed row 39: items with the mean do not move it
+    assert float(model.content.share_N1[39]) == pytest.approx(mean)
+    before = model.content.share_N1.clone()
+    model.meet_items(np.where(new, 0, 50), more=True)  # training goes on without them
+    assert torch.equal(model.content.share_N1[new], before[new])
+
+
+def test_nobody_consumed_anything():
+    settings = {"items_from": 1, "content": True, "content_half_at": 2.0, "consumed_only": True}
+    model = backbone(CODES, **settings)
+    model.start_from(Catalog.from_vectors(vectors_of(len(CODES)), CODES.item_ids))
+    model.meet_items(np.zeros(len(CODES), dtype=int))
+    assert model.content.share_N1.unique().tolist() == [1.0]
+
+
 @pytest.mark.parametrize("vectors", [None, vectors_of(39)], ids=["none", "too few"])
 def test_content_wants_a_vector_per_item(vectors):
     model = backbone(CODES, content=True)

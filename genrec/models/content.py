@@ -47,16 +47,24 @@ class Content(nn.Module):
         nn.init.normal_(self.projection.weight, std=spread / vectors_NE.shape[1] ** 0.5)
 
     @torch.no_grad()
-    def meet_items(self, counts_N: Tensor, *, more: bool = False) -> None:
+    def meet_items(
+        self, counts_N: Tensor, *, more: bool = False, mean_for_new: bool = False
+    ) -> None:
         """Take in how often items were consumed in training: n times leave half_at / (half_at + n).
 
         Args:
             counts_N: interactions of each item.
             more: training goes on: no item gets back what it had lost.
+            mean_for_new: items that nobody consumed keep the mean over the training interactions
+                instead of all; with `more` they keep what they have.
         """
         if self.half_at is None:
             return
-        share_N1 = self.half_at / (self.half_at + counts_N.to(self.share_N1)[:, None])
+        counts_N1 = counts_N.to(self.share_N1)[:, None]
+        share_N1 = self.half_at / (self.half_at + counts_N1)
+        if mean_for_new and not more:
+            consumed_N1 = counts_N1 > 0
+            share_N1[~consumed_N1] = self._mean_share(share_N1[consumed_N1]).to(share_N1)
         self.share_N1.copy_(torch.minimum(share_N1, self.share_N1) if more else share_N1)
 
     @torch.no_grad()
@@ -73,11 +81,21 @@ class Content(nn.Module):
         new_ME = (vectors_ME.to(self.mean_E) - self.mean_E) / self.spread_1
         self.vectors_NE[first:] = new_ME
         if self.half_at is not None:
-            known_N1 = self.share_N1[:first].double()
-            counts_N1 = self.half_at * (1 / known_N1 - 1)
-            total = counts_N1.sum()
-            mean = (counts_N1 * known_N1).sum() / total if total > 0 else known_N1.mean()
-            self.share_N1[first:] = mean.to(self.share_N1)
+            self.share_N1[first:] = self._mean_share(self.share_N1[:first]).to(self.share_N1)
+
+    def _mean_share(self, shares: Tensor) -> Tensor:
+        """Return the mean of shares over the interactions that they stand for; 1 without any.
+
+        A share says how often its item was consumed. Where nobody consumed anything, it is the mean
+        over the items; items that were given the mean leave it as it is.
+        """
+        if not shares.numel():
+            return torch.ones(())
+        assert self.half_at is not None
+        known = shares.double()
+        counts = self.half_at * (1 / known - 1)
+        total = counts.sum()
+        return (counts * known).sum() / total if total > 0 else known.mean()
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return the vectors of items, (...) -> (..., D)."""

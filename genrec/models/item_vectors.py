@@ -40,7 +40,8 @@ class ItemVectorsConfig(ItemPositionsConfig):
     among the candidates: items that are rare or new then rank by their codes."""
     consumed_only: bool = False
     """Train the choice of an item among those that someone consumed in training. The others are new
-    rather than disliked: as negatives of every step they would learn to lose."""
+    rather than disliked: as negatives of every step they would learn to lose. Of their content they
+    keep what items that join later keep (`content_half_at`)."""
     content: bool = False
     """Add a linear map, learned, of the vector that the item's features gave: items with like texts
     then help one another, rare and new ones most. Features made of interactions are left out: they
@@ -49,7 +50,8 @@ class ItemVectorsConfig(ItemPositionsConfig):
     content_half_at: float | None = Field(default=None, gt=0)
     """Training interactions after which an item keeps half of its content: with h, an item that was
     consumed n times keeps h / (h + n) of it, whoever training does not know all of it; what joins
-    later keeps the mean over the training interactions. None: all of it, always. Without `content`
+    later, with `consumed_only` also who training does not know, keeps the mean over the training
+    interactions. None: all of it, always. Without `content`
     it changes nothing."""
 
     @property
@@ -145,12 +147,12 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
 
     def meet_items(self, counts_N: np.ndarray, *, more: bool = False) -> None:
         """Take in how often items were consumed; see `Backbone.meet_items`."""
-        found_N = torch.from_numpy(counts_N).to(self.device)
-        if self.config.item_vectors or self.config.consumed_only:
+        config, found_N = self.config, torch.from_numpy(counts_N).to(self.device)
+        if config.item_vectors or config.consumed_only:
             met_N1 = found_N[:, None] > 0
             self.consumed_N1.copy_(met_N1 | self.consumed_N1 if more else met_N1)
         if content := self._content():
-            content.meet_items(found_N, more=more)
+            content.meet_items(found_N, more=more, mean_for_new=config.consumed_only)
 
     @property
     def reads_content(self) -> bool:
