@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -137,6 +138,27 @@ def test_every_command_is_in_the_readme() -> None:
         if f"genrec {name}" not in readme
     ]
     assert not missing
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    rows = {
+        (row["dataset"], row["masked"], row["name"]): row
+        for row in json.loads(text_of("docs/results/quality.json"))["rows"]
+    }
+    columns = {False: "kept in", True: "left out"}
+    expected = []
+    for data, masked in dict.fromkeys((data, masked) for data, masked, _ in rows):
+        here = {name: row for (d, m, name), row in rows.items() if (d, m) == (data, masked)}
+        sasrecs = [name for name in here if name.startswith("sasrec-")]
+        best = max(sasrecs, key=lambda name: here[name]["ndcg@10"])
+        figures = {n: f"{r['recall@10']:.4f} / {r['ndcg@10']:.4f}" for n, r in here.items()}
+        p = here["genrec"][f"vs_{best}"]["p_holm"]
+        cells = [f"`{data}`", columns[masked], figures["genrec"], f"{figures[best]} (`{best}`)"]
+        cells += [f"{p:.3f}", figures["ease"], figures["markov"]]
+        expected.append(" | ".join(cells).replace("0.", "."))
+    _, table, _ = text_of("README.md").split("<!-- quality -->")
+    found = [line.strip("| ") for line in table.strip().splitlines()[2:]]
+    assert sorted(found) == sorted(expected)
 
 
 def test_no_machine_and_no_registry_is_named() -> None:
