@@ -453,6 +453,39 @@ def test_content_that_was_not_given_says_so():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_scores_by_slice_are_those_of_reading_every_vector(first):
+    model = backbone(CODES, items_from=first)
+    num_prefixes = len(model.groups.starts_G)
+    prefixes = [n % num_prefixes for n in (3, 0, 3, 7, 1, 3, 0)]
+    for wanted in ([], prefixes, [*prefixes, NO_ITEM, 0, NO_ITEM]):
+        prefixes_R = torch.tensor(wanted, dtype=torch.int64)
+        query_RD = torch.randn(len(wanted), model.config.d_model)
+        items_RC = model.groups.below(prefixes_R)
+        found_RC = model._scores_by_slice(query_RD, prefixes_R)
+        assert found_RC.dtype == torch.float32
+        torch.testing.assert_close(found_RC, model._scores(query_RD, items_RC))
+        model.own.weight.add_(1.0)  # a kept table must follow
+    model.bfloat16()
+    query_RD = query_RD.bfloat16()
+    found_RC = model._scores_by_slice(query_RD, prefixes_R)
+    torch.testing.assert_close(
+        found_RC, model._scores(query_RD, items_RC), atol=0.05, rtol=0.05, check_dtype=True
+    )
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_search_reads_slices_and_who_wants_gradients_reads_vectors(first, monkeypatch):
+    model = backbone(CODES, items_from=first, repeat_bias=True)
+    batch = pad_histories(HISTORIES, MAX_HISTORY)
+    logprobs_BN = item_logprobs(model, batch)
+    assert logprobs_BN.requires_grad
+    monkeypatch.setattr(Hierarchical, "_scores", None)  # not on a search's way
+    with torch.no_grad():
+        torch.testing.assert_close(item_logprobs(model, batch), logprobs_BN.detach())
+
+
+@torch.no_grad()
 def test_kept_item_vectors_follow_every_change_of_the_weights():
     model = backbone(CODES, items_from=1, content=True)
     model.start_from(Catalog.from_vectors(vectors_of(len(CODES)), CODES.item_ids))

@@ -62,6 +62,7 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
         if self.has_items:
             codes_NL = self.tokens_NL - self.level_offsets_L
             self.groups = ItemGroups(codes_NL, self.codebook_sizes, self.num_code_levels)
+            self._sorted_table: tuple[Tensor, Tensor] | None = None
             if not self.num_code_levels:
                 self.first_code_groups = ItemGroups(codes_NL, self.codebook_sizes, 1)
         if self.config.repeat_bias:
@@ -148,7 +149,10 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
             seen: items of each row's history (R, H), and what `RepeatBias` says of them.
         """
         items_RC = self.groups.below(prefixes_R)
-        scores_RC = self._scores(query_RD, items_RC)
+        if query_RD.device.type in RUNS_BY_GROUP and not (self.training or torch.is_grad_enabled()):
+            scores_RC = self._scores_by_slice(query_RD, prefixes_R)
+        else:
+            scores_RC = self._scores(query_RD, items_RC)
         if seen is not None:
             scores_RC = self._biased(scores_RC, prefixes_R, *seen)
         return items_RC, scores_RC
@@ -247,6 +251,36 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
         scores_VSC = (query_VSD @ self.item_vectors(items_VC).transpose(1, 2)).float()
         scores_VSC = scores_VSC.masked_fill((items_VC == NO_ITEM)[:, None], -torch.inf)
         return scores_VSC[unit_M, slot_M]
+
+    def _scores_by_slice(self, query_RD: Tensor, prefixes_R: Tensor) -> Tensor:
+        """Return what `_scores` returns for the items below prefixes, without gradients.
+
+        The vectors of one group lie side by side in a table that is kept, so its rows need one
+        product and no vector is copied. A search on a CPU spends most of its time here otherwise.
+        """
+        vectors_ND = self._vectors_by_group()
+        order_R = prefixes_R.argsort()
+        query_RD = query_RD[order_R].to(vectors_ND.dtype)
+        sorted_RC = query_RD.new_full(
+            (len(query_RD), self.groups.largest), -torch.inf, dtype=torch.float32
+        )
+        group_U, counts_U = prefixes_R[order_R].unique_consecutive(return_counts=True)
+        starts_U, ends_U = self.groups.starts_G[group_U], self.groups.ends_G[group_U]
+        row = 0
+        for group, count, start, end in zip(
+            group_U.tolist(), counts_U.tolist(), starts_U.tolist(), ends_U.tolist(), strict=True
+        ):
+            rows, row = slice(row, row + count), row + count
+            if group != NO_ITEM:
+                sorted_RC[rows, : end - start] = query_RD[rows] @ vectors_ND[start:end].T
+        return torch.empty_like(sorted_RC).index_copy_(0, order_R, sorted_RC)
+
+    def _vectors_by_group(self) -> Tensor:
+        """Return the vectors of all items, (N, D), those of a group side by side; kept."""
+        table_ND = self.item_table()
+        if self._sorted_table is None or self._sorted_table[0] is not table_ND:
+            self._sorted_table = table_ND, table_ND[self.groups.order_N]
+        return self._sorted_table[1]
 
     def _scores(self, query_MD: Tensor, items_MC: Tensor) -> Tensor:
         """Return float32 scores of items, -inf for filling."""

@@ -176,13 +176,16 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         """
         rows = rows.clamp(min=0)
         if not (self.training or torch.is_grad_enabled()):
-            return F.embedding(rows, self._table())
+            return F.embedding(rows, self.item_table())
         if rows.numel() > len(self.tokens_NL):
             return F.embedding(rows, self._made(None))
         return self._made(rows)
 
-    def _table(self) -> Tensor:
-        """Return the vectors of all items, (N, D), made once for the weights as they are."""
+    def item_table(self) -> Tensor:
+        """Return the vectors of all items, (N, D), made once for the weights as they are.
+
+        The same tensor until a weight changes; without gradients.
+        """
         weights = [self.embedding.weight]
         weights += [self.own.weight, self.consumed_N1] if self.config.item_vectors else []
         if content := self._content():
