@@ -452,6 +452,29 @@ def test_content_that_was_not_given_says_so():
         model.loss(training_batch(model, [(3, 1, 4)]))
 
 
+@pytest.mark.parametrize("spread", [1.0, 60.0, 1e30])
+def test_logits_of_codes_are_logs_of_sums(spread):
+    groups = ItemGroups(torch.tensor(CODES.codes), CODES.codebook_sizes, 1)
+    items_MC = groups.below(torch.tensor([0, 3, 2, NO_ITEM]))
+    generator = torch.Generator().manual_seed(0)
+    scores_MC = spread * torch.randn(items_MC.shape, generator=generator)
+    scores_MC = scores_MC.masked_fill(items_MC == NO_ITEM, -torch.inf)
+    scores_MC[2, 1:] = -torch.inf  # one item left
+    scores_MC.requires_grad_()
+    logits_MK = groups.code_logits(scores_MC, items_MC, 1)
+    is_code_MKC = groups.codes_NL[items_MC.clamp(min=0), 1][:, None] == torch.arange(5)[:, None]
+    wide_MKC = scores_MC.detach().double()[:, None].masked_fill(~is_code_MKC, -torch.inf)
+    torch.testing.assert_close(
+        logits_MK.detach().double(), wide_MKC.logsumexp(-1), rtol=1e-6, atol=1e-6
+    )
+    logits_MK[logits_MK > -torch.inf].sum().backward()
+    share_MC = scores_MC.detach().double() - wide_MKC.logsumexp(-1).gather(
+        1, groups.codes_NL[items_MC.clamp(min=0), 1]
+    )
+    expected_MC = share_MC.exp().nan_to_num(0.0)
+    torch.testing.assert_close(scores_MC.grad.double(), expected_MC, rtol=1e-5, atol=1e-6)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_scores_by_slice_are_those_of_reading_every_vector(first):
