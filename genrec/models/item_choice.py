@@ -62,7 +62,7 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
         if self.has_items:
             codes_NL = self.tokens_NL - self.level_offsets_L
             self.groups = ItemGroups(codes_NL, self.codebook_sizes, self.num_code_levels)
-            self._sorted_table: tuple[Tensor, Tensor] | None = None
+            self._slices: tuple[Tensor, list[Tensor]] | None = None
             if not self.num_code_levels:
                 self.first_code_groups = ItemGroups(codes_NL, self.codebook_sizes, 1)
         if self.config.repeat_bias:
@@ -258,29 +258,27 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
         The vectors of one group lie side by side in a table that is kept, so its rows need one
         product and no vector is copied. A search on a CPU spends most of its time here otherwise.
         """
-        vectors_ND = self._vectors_by_group()
+        slices_DC = self._vectors_by_group()
         order_R = prefixes_R.argsort()
-        query_RD = query_RD[order_R].to(vectors_ND.dtype)
-        sorted_RC = query_RD.new_full(
-            (len(query_RD), self.groups.largest), -torch.inf, dtype=torch.float32
-        )
+        query_RD = query_RD[order_R].to(slices_DC[0].dtype)
+        sorted_RC = torch.full((len(order_R), self.groups.largest), -torch.inf)
         group_U, counts_U = prefixes_R[order_R].unique_consecutive(return_counts=True)
-        starts_U, ends_U = self.groups.starts_G[group_U], self.groups.ends_G[group_U]
-        row = 0
-        for group, count, start, end in zip(
-            group_U.tolist(), counts_U.tolist(), starts_U.tolist(), ends_U.tolist(), strict=True
-        ):
-            rows, row = slice(row, row + count), row + count
+        counts = counts_U.tolist()
+        parts = zip(group_U.tolist(), query_RD.split(counts), sorted_RC.split(counts), strict=True)
+        for group, query_SD, scores_SC in parts:
             if group != NO_ITEM:
-                sorted_RC[rows, : end - start] = query_RD[rows] @ vectors_ND[start:end].T
+                vectors_DC = slices_DC[group]
+                scores_SC[:, : vectors_DC.shape[1]] = query_SD @ vectors_DC
         return torch.empty_like(sorted_RC).index_copy_(0, order_R, sorted_RC)
 
-    def _vectors_by_group(self) -> Tensor:
-        """Return the vectors of all items, (N, D), those of a group side by side; kept."""
+    def _vectors_by_group(self) -> list[Tensor]:
+        """Return the vectors of each group's items, (D, C) each; kept until a weight changes."""
         table_ND = self.item_table()
-        if self._sorted_table is None or self._sorted_table[0] is not table_ND:
-            self._sorted_table = table_ND, table_ND[self.groups.order_N]
-        return self._sorted_table[1]
+        if self._slices is None or self._slices[0] is not table_ND:
+            sizes = (self.groups.ends_G - self.groups.starts_G).tolist()
+            slices_CD = table_ND[self.groups.order_N].split(sizes)
+            self._slices = table_ND, [vectors_CD.T for vectors_CD in slices_CD]
+        return self._slices[1]
 
     def _scores(self, query_MD: Tensor, items_MC: Tensor) -> Tensor:
         """Return float32 scores of items, -inf for filling."""
