@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from benchmarks.bare_gemm import replay_of
 from genrec.decoding import Beams, CSRIndex, Filters, Scoring, beam_search
 from genrec.decoding.hf import prefix_allowed_tokens_fn
 from genrec.item_index import ItemIndex
+from genrec.models import item_choice
 from genrec.models.base import FIRST_TOKEN, START, Backbone, Batch
 from genrec.models.decoder_only import DecoderOnly
 from genrec.models.encoder_decoder import EncoderDecoder
@@ -144,18 +146,26 @@ def case_against_generate(
     )
 
 
+def over_items(index: ItemIndex, size: Size) -> Hierarchical:
+    """Return the default generator's backbone with random weights."""
+    torch.manual_seed(0)
+    config = Hierarchical.Config(
+        max_history=size.history, d_model=128, activation="gelu", items_from=1, repeat_bias=True
+    )
+    return spread(Hierarchical.from_index(config, index), 2.0)
+
+
 def case_over_items(index: ItemIndex, t5: Any, size: Size) -> common.Row:
     """Time the default generator's backbone against `generate` on another model.
 
     `hierarchical` has no twin in transformers, so the lists are not compared: the peer is the T5 of
     the same catalogue, what its users would run instead.
     """
-    torch.manual_seed(0)
-    config = Hierarchical.Config(
-        max_history=size.history, d_model=128, activation="gelu", items_from=1, repeat_bias=True
+    model, batch, constraint = (
+        over_items(index, size),
+        random_batch(size),
+        CSRIndex.from_index(index),
     )
-    model = spread(Hierarchical.from_index(config, index), 2.0)
-    batch, constraint = random_batch(size), CSRIndex.from_index(index)
 
     def ours() -> Beams:
         with torch.inference_mode():
@@ -165,6 +175,28 @@ def case_over_items(index: ItemIndex, t5: Any, size: Size) -> common.Row:
     baseline = "hf_generate, encoder_decoder"
     options = {"beam": size.beam, "items": len(index)}
     return common.Row.of_timings("hierarchical", baseline, *timings, None, **options)
+
+
+def case_slices(name: str, index: ItemIndex, size: Size) -> common.Row:
+    """Time item vectors read as slices, a product a group, against reading each row's by itself."""
+    model, batch, constraint = (
+        over_items(index, size),
+        random_batch(size),
+        CSRIndex.from_index(index),
+    )
+
+    def search() -> Beams:
+        with torch.inference_mode():
+            return beam_search(model, batch, constraint, width=size.beam, k=size.beam)
+
+    def slow_twin() -> Beams:
+        with mock.patch.object(item_choice, "RUNS_BY_GROUP", ()):
+            return search()
+
+    equal = torch.equal(search().rows_Bk, slow_twin().rows_Bk)
+    timings = common.alternate(search, slow_twin, runs=2 * size.runs)
+    options = {"beam": size.beam, "items": len(index), "requests": size.num_requests}
+    return common.Row.of_timings(name, "ours_vector_by_vector", *timings, equal, **options)
 
 
 def case_pretrained(name: str, model: DecoderOnly, index: ItemIndex, size: Size) -> common.Row:
@@ -359,6 +391,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         case_against_generate("encoder_decoder, one request", t5, tiger_index, one),
         case_against_generate("decoder_only", causal, prompt_index, prompt),
         case_over_items(tiger_index, t5, wide),
+        case_slices("hierarchical, slices of item vectors", tiger_index, wide),
+        case_slices(
+            "hierarchical, slices, one request", tiger_index, replace(wide, num_requests=1)
+        ),
         case_pretrained("causal LM of transformers, unmodified", causal, prompt_index, prompt),
         case_against_generate("encoder_decoder, fixed shapes", t5, tiger_index, tiger, True),
         case_bare_products("encoder_decoder", t5, tiger_index, tiger, "renormalized"),

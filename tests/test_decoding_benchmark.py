@@ -36,6 +36,8 @@ def test_quick_benchmark_writes_equal_lists_and_the_documented_json(root, tmp_pa
     result = run(root, tmp_path, "decoding")
     peers = [row for row in result["rows"] if row["baseline"] == "hf_generate"]
     assert len(peers) == 5 and all(row["equal"] for row in peers)
+    twins = [row for row in result["rows"] if row["baseline"] == "ours_vector_by_vector"]
+    assert len(twins) == 2 and all(row["equal"] for row in twins)
 
 
 @pytest.mark.slow
