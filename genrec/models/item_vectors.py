@@ -51,8 +51,7 @@ class ItemVectorsConfig(ItemPositionsConfig):
     """Training interactions after which an item keeps half of its content: with h, an item that was
     consumed n times keeps h / (h + n) of it, whoever training does not know all of it; what joins
     later, with `consumed_only` also who training does not know, keeps the mean over the training
-    interactions. None: all of it, always. Without `content`
-    it changes nothing."""
+    interactions. None: all of it, always. Without `content` it changes nothing."""
 
     @property
     def needs_vectors(self) -> bool:
