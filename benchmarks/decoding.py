@@ -155,23 +155,29 @@ def over_items(index: ItemIndex, size: Size) -> Hierarchical:
     return spread(Hierarchical.from_index(config, index), 2.0)
 
 
+def search_of(model: Any, index: ItemIndex, size: Size) -> Callable[[], Beams]:
+    """Return the search that is timed."""
+    batch, constraint = random_batch(size), CSRIndex.from_index(index)
+
+    def search() -> Beams:
+        with torch.inference_mode():
+            return beam_search(model, batch, constraint, width=size.beam, k=size.beam)
+
+    return search
+
+
 def case_over_items(index: ItemIndex, t5: Any, size: Size) -> common.Row:
     """Time the default generator's backbone against `generate` on another model.
 
     `hierarchical` has no twin in transformers, so the lists are not compared: the peer is the T5 of
     the same catalogue, what its users would run instead.
     """
-    model, batch, constraint = (
-        over_items(index, size),
-        random_batch(size),
-        CSRIndex.from_index(index),
+    timings = common.alternate(
+        search_of(over_items(index, size), index, size),
+        peer(t5, index, random_batch(size), size.beam),
+        runs=size.runs,
+        warm_up=1,
     )
-
-    def ours() -> Beams:
-        with torch.inference_mode():
-            return beam_search(model, batch, constraint, width=size.beam, k=size.beam)
-
-    timings = common.alternate(ours, peer(t5, index, batch, size.beam), runs=size.runs, warm_up=1)
     baseline = "hf_generate, encoder_decoder"
     options = {"beam": size.beam, "items": len(index)}
     return common.Row.of_timings("hierarchical", baseline, *timings, None, **options)
@@ -179,15 +185,7 @@ def case_over_items(index: ItemIndex, t5: Any, size: Size) -> common.Row:
 
 def case_slices(name: str, index: ItemIndex, size: Size) -> common.Row:
     """Time item vectors read as slices, a product a group, against reading each row's by itself."""
-    model, batch, constraint = (
-        over_items(index, size),
-        random_batch(size),
-        CSRIndex.from_index(index),
-    )
-
-    def search() -> Beams:
-        with torch.inference_mode():
-            return beam_search(model, batch, constraint, width=size.beam, k=size.beam)
+    search = search_of(over_items(index, size), index, size)
 
     def slow_twin() -> Beams:
         with mock.patch.object(item_choice, "RUNS_BY_GROUP", ()):

@@ -197,20 +197,9 @@ def across(
     return rate_row(name, baseline, len(interactions), first, second, same_targets, **sizes)
 
 
-def torchs_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    dropout: float = 0.0,
-    scale: float | None = None,
-) -> Tensor:
+def torchs_attention(*tensors: Tensor, dropout: float = 0.0, **options: Any) -> Tensor:
     """What `attend` is everywhere but in training in bf16 on a CPU: the slow twin."""
-    return F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, scale=scale
-    )
+    return F.scaled_dot_product_attention(*tensors, dropout_p=dropout, **options)
 
 
 def attention(name: str, model: Any, interactions: Interactions, size: Size) -> common.Row:

@@ -256,7 +256,7 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
         """Return what `_scores` returns for the items below prefixes, without gradients.
 
         The vectors of one group lie side by side in a table that is kept, so its rows need one
-        product and no vector is copied. A search on a CPU spends most of its time here otherwise.
+        product and no vector is copied (docs/decoding.md says what that is worth on a CPU).
         """
         slices_DC = self._vectors_by_group()
         order_R = prefixes_R.argsort()
