@@ -180,10 +180,19 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
             return F.embedding(rows, self._made(None))
         return self._made(rows)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; training forgets the item table.
+
+        Fused optimizers change weights without a note that the table could be compared with.
+        """
+        if mode:
+            self._made_table = None
+        return super().train(mode)
+
     def item_table(self) -> Tensor:
         """Return the vectors of all items, (N, D), made once for the weights as they are.
 
-        The same tensor until a weight changes; without gradients.
+        The same tensor until a weight changes or training begins; without gradients.
         """
         weights = [self.embedding.weight]
         weights += [self.own.weight, self.consumed_N1] if self.config.item_vectors else []
