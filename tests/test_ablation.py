@@ -85,10 +85,24 @@ def test_ready_files_are_complete(root: Path) -> None:
 
 def test_sizes_are_varied_of_the_default_generator(root: Path) -> None:
     default = yaml.safe_load((root / "configs" / "genrec.yaml").read_text())
-    found = yaml.safe_load((root / "configs/ablations/scaling-movielens.yaml").read_text())
-    del default["tokenizer"]["min_items_per_code"]  # it would decide what a cell varies
-    del default["model"]["content_half_at"]  # came after the figures
-    assert found["run"] == {**default, "name": "scaling-movielens", "seeds": [1]}
+    found = load_ablation(root / "configs/ablations/scaling-movielens.yaml", ["trainer.epochs=3"])
+    assert found.run == {
+        **default,
+        "seeds": [1],
+        "trainer": {**default["trainer"], "epochs": 3},
+    }
+
+
+def test_a_run_is_laid_over_a_ready_configuration(tmp_path: Path) -> None:
+    text = {"name": "a", "grid": {"model.dropout": [0.1]}, "run_from": "genrec"}
+    path = tmp_path / "ablation.yaml"
+    path.write_text(yaml.safe_dump({**text, "run": {"model.d_ff": 64, "seeds": [7]}}))
+    (cell,) = variations(load_ablation(path))
+    assert (cell.config.model.d_ff, cell.config.model.d_model) == (64, 128)
+    assert cell.config.seeds == (7,)
+    path.write_text(yaml.safe_dump({**text, "run": {}, "run_from": "genrek"}))
+    with pytest.raises(ConfigError, match=r"got 'genrek', expected one of .*Did you mean 'genrec'"):
+        load_ablation(path)
 
 
 def test_an_ablation_runs_is_kept_and_tells_its_failures(

@@ -25,6 +25,7 @@ from pydantic import Field
 from genrec import runtime
 from genrec.artifacts import fingerprint, write_json_atomic, write_text_atomic
 from genrec.config import StrictConfig, apply_overrides, apply_settings, load_yaml, parse
+from genrec.configs_folder import find_config
 from genrec.errors import ConfigError, nearest
 from genrec.evaluation.comparison import compare
 from genrec.evaluation.comparison_page import to_html
@@ -56,7 +57,10 @@ class AblationConfig(StrictConfig):
     name: str = Field(min_length=1, pattern=r"^[^/.][^/]*$")
     """Folder of the results, and the group of its runs in W&B."""
     run: dict[str, Any]
-    """A complete run configuration (as for `genrec run`); its `seeds` hold for every cell."""
+    """A complete run configuration (as for `genrec run`), or what of `run_from` is different (keys
+    as in a cell's `set`); its `seeds` hold for every cell."""
+    run_from: str | None = None
+    """Name of a ready configuration that `run` is laid over, e.g. genrec; None: `run` is all."""
     cells: tuple[CellConfig, ...] = ()
     """Variations, one by one."""
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
@@ -78,16 +82,18 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> AblationCo
     """Read an ablation file and lay `key.path=value` overrides over its `run`.
 
     Raises:
-        ConfigError: unknown keys, or a file without cells and grid.
+        ConfigError: unknown keys, no such ready configuration, or a file without cells and grid.
     """
-    data = load_yaml(path)
-    config = parse(AblationConfig, data)
+    config = parse(AblationConfig, load_yaml(path))
     if not config.cells and not config.grid:
         raise ConfigError(
             "ablation: got neither `cells` nor `grid`, expected something to vary, e.g. "
             "grid: {tokenizer.num_levels: [2, 3, 4]}."
         )
-    return config.model_copy(update={"run": apply_overrides(config.run, overrides)})
+    run = config.run
+    if config.run_from is not None:
+        run = apply_settings(load_yaml(find_config(config.run_from)), run)
+    return config.model_copy(update={"run": apply_overrides(run, overrides)})
 
 
 def variations(config: AblationConfig) -> list[Variation]:
