@@ -336,8 +336,11 @@ def test_items_that_nobody_consumed_keep_what_joining_items_keep(consumed_only):
     model.start_from(Catalog.from_vectors(vectors_of(len(CODES)), CODES.item_ids))
     counts_N = np.arange(len(CODES))[::-1] % 5
     model.meet_items(counts_N)
-    mean = (counts_N * 2 / (2 + counts_N)).sum() / counts_N.sum()  # over the interactions
     new = counts_N == 0
+    shares_N = 2 / (2 + counts_N)
+    mean = (counts_N * shares_N).sum() / counts_N.sum()  # over the interactions
+    if consumed_only:
+        mean = shares_N[~new].mean()  # over the items that someone consumed
     kept = model.content.share_N1[new].unique().tolist()
     assert kept == pytest.approx([mean if consumed_only else 1])
     model.describe(39, vectors_of(1))  # nobody consumed row 39: items with the mean do not move it

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -192,6 +192,13 @@ class Backbone(nn.Module, ABC):
         Args:
             counts_N: int, training interactions of each item.
             more: items that were met before stay met: training goes on.
+        """
+
+    def meet_targets(self, batches: Iterable[Batch]) -> None:
+        """Take in targets that training does not see, before each validation; the default does not.
+
+        Args:
+            batches: requests as `begin` reads them, with `target_B`, on the model's device.
         """
 
     @property

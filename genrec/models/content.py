@@ -21,6 +21,8 @@ class Content(nn.Module):
         width: D.
         spread: standard deviation of what comes out at the start.
         half_at: interactions after which an item keeps half of its content; None: always all.
+        new_as_rare: an item that nobody consumed keeps the mean over the items that someone did,
+            most of them rare. False: over their interactions, most of them with popular items.
     """
 
     vectors_NE: Tensor
@@ -30,10 +32,16 @@ class Content(nn.Module):
     """What an item keeps of its content, 0 to 1; only with `half_at`."""
 
     def __init__(
-        self, vectors_NE: Tensor, width: int, spread: float, *, half_at: float | None = None
+        self,
+        vectors_NE: Tensor,
+        width: int,
+        spread: float,
+        *,
+        half_at: float | None = None,
+        new_as_rare: bool = False,
     ) -> None:
         super().__init__()
-        self.half_at = half_at
+        self.half_at, self.new_as_rare = half_at, new_as_rare
         mean_E = vectors_NE.mean(0)
         centred_NE = vectors_NE - mean_E
         spread_1 = centred_NE.square().mean().sqrt()[None]
@@ -47,22 +55,19 @@ class Content(nn.Module):
         nn.init.normal_(self.projection.weight, std=spread / vectors_NE.shape[1] ** 0.5)
 
     @torch.no_grad()
-    def meet_items(
-        self, counts_N: Tensor, *, more: bool = False, mean_for_new: bool = False
-    ) -> None:
+    def meet_items(self, counts_N: Tensor, *, more: bool = False) -> None:
         """Take in how often items were consumed in training: n times leave half_at / (half_at + n).
 
         Args:
             counts_N: interactions of each item.
-            more: training goes on: no item gets back what it had lost.
-            mean_for_new: items that nobody consumed keep the mean over the training interactions
-                instead of all; with `more` they keep what they have.
+            more: training goes on: no item gets back what it had lost. Without it, with
+                `new_as_rare`, items that nobody consumed keep the mean instead of all.
         """
         if self.half_at is None:
             return
         counts_N1 = counts_N.to(self.share_N1)[:, None]
         share_N1 = self.half_at / (self.half_at + counts_N1)
-        if mean_for_new and not more:
+        if self.new_as_rare and not more:
             consumed_N1 = counts_N1 > 0
             share_N1[~consumed_N1] = self._mean_share(share_N1[consumed_N1]).to(share_N1)
         self.share_N1.copy_(torch.minimum(share_N1, self.share_N1) if more else share_N1)
@@ -71,8 +76,8 @@ class Content(nn.Module):
     def describe(self, first: int, vectors_ME: Tensor) -> None:
         """Take in items that join after training, from row `first` on.
 
-        They keep the share at which the map was trained, the mean over the training interactions of
-        the others: with all of it they would outshine whatever is known better (docs/log.md).
+        They keep the mean share of the others (`new_as_rare` says which): with all of it they would
+        outshine whatever is known better (docs/log.md).
 
         Args:
             first: their first row.
@@ -84,7 +89,7 @@ class Content(nn.Module):
             self.share_N1[first:] = self._mean_share(self.share_N1[:first]).to(self.share_N1)
 
     def _mean_share(self, shares: Tensor) -> Tensor:
-        """Return the mean of shares over the interactions that they stand for; 1 without any.
+        """Return the mean of shares over items or interactions; 1 without any.
 
         A share says how often its item was consumed. Where nobody consumed anything, it is the mean
         over the items; items that were given the mean leave it as it is.
@@ -93,6 +98,8 @@ class Content(nn.Module):
             return torch.ones(())
         assert self.half_at is not None
         known = shares.double()
+        if self.new_as_rare:
+            return known.mean()
         counts = self.half_at * (1 / known - 1)
         total = counts.sum()
         return (counts * known).sum() / total if total > 0 else known.mean()

@@ -12,7 +12,7 @@ M members.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -192,6 +192,12 @@ class Ensemble(Backbone):
         """Let every member take in how well the training data know items."""
         for member in self.members:
             member.meet_items(counts_N, more=more)
+
+    def meet_targets(self, batches: Iterable[Batch]) -> None:
+        """Let every member take in targets that training does not see."""
+        batches = list(batches)
+        for member in self.members:
+            member.meet_targets(batches)
 
     def meet_users(self, users: Sequence[str], has_history_U: np.ndarray) -> None:
         """Let every member take in the users of the training data."""

@@ -14,7 +14,7 @@ K codes of a level, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -190,6 +190,28 @@ class Hierarchical(ItemChoiceBackbone):
         query_RD = self.level_decoder.query(memory_RD)
         state = replace(state, level=level + 1, memory_RD=memory_RD, prefixes_R=prefixes_R)
         return self._answer(query_RD, state)
+
+    @torch.no_grad()
+    def meet_targets(self, batches: Iterable[Batch]) -> None:
+        """With `consumed_only`, learn how likely new items are; see `Backbone.meet_targets`."""
+        if not self.config.consumed_only:
+            return
+        found = [self._odds_of_new(batch) for batch in batches if len(batch)]
+        if found:
+            odds, is_new = zip(*found, strict=True)
+            self.new_items.fit(torch.cat(odds), torch.cat(is_new))
+
+    def _odds_of_new(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the log-odds of new items below the targets' first codes, and which are new."""
+        rows_P = batch.target_B
+        assert rows_P is not None
+        codes_PL = self.tokens_NL[rows_P] - self.level_offsets_L
+        requests_P = torch.arange(len(rows_P), device=rows_P.device)
+        _, state = self.begin(batch)
+        for level in range(self.num_code_levels):
+            _, state = self.step(codes_PL[:, level], state, requests_P)
+        assert state.items_RC is not None and state.scores_RC is not None
+        return self.log_odds_of_new(state.items_RC, state.scores_RC), self.is_new(rows_P)
 
     def _answer(
         self, query_RD: Tensor, state: HierarchicalState

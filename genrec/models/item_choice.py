@@ -20,6 +20,7 @@ from genrec.errors import ConfigError
 from genrec.models.base import IGNORED
 from genrec.models.item_groups import NO_ITEM, ItemGroups
 from genrec.models.item_vectors import ItemVectorsBackbone, ItemVectorsConfig
+from genrec.models.new_items import NewItemBias
 from genrec.repeats import RepeatBias
 from genrec.sampled_softmax import sampled_logits, seen_items
 
@@ -51,6 +52,7 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
     groups: ItemGroups
     first_code_groups: ItemGroups
     repeats: RepeatBias
+    new_items: NewItemBias
 
     def make_item_choice(self) -> None:
         """Make the groups of items and the bias that the configuration asks for.
@@ -67,6 +69,8 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
                 self.first_code_groups = ItemGroups(codes_NL, self.codebook_sizes, 1)
         if self.config.repeat_bias:
             self.repeats = RepeatBias(self.config.max_history)
+        if self.config.consumed_only:
+            self.new_items = NewItemBias()
 
     def _check_items_from(self) -> None:
         first = self.config.items_from
@@ -132,9 +136,12 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
             bias_BHH = self.repeats.between(sequence_BH)
             seen_MH = sequence_BH.clamp(min=0)[:, None].expand_as(bias_BHH).flatten(0, 1)
             scores_MC = self._biased(scores_MC, group_M, seen_MH, bias_BHH.flatten(0, 1))
-        if self.training and self.config.consumed_only:
-            is_consumed_MC = self.consumed_N1[self.groups.below(group_M).clamp(min=0), 0]
-            scores_MC = scores_MC.masked_fill(~is_consumed_MC, -torch.inf)
+        if self.config.consumed_only:
+            is_new_MC = self.is_new(self.groups.below(group_M))
+            if self.training:
+                scores_MC = scores_MC.masked_fill(is_new_MC, -torch.inf)
+            else:
+                scores_MC = self.new_items(scores_MC, is_new_MC)
         place_M = self.groups.place_N[known_M].masked_fill(~valid_M, IGNORED)
         return self.choice_nll(scores_MC, place_M, weights_M)
 
@@ -155,7 +162,25 @@ class ItemChoiceBackbone(ItemVectorsBackbone):
             scores_RC = self._scores(query_RD, items_RC)
         if seen is not None:
             scores_RC = self._biased(scores_RC, prefixes_R, *seen)
+        if self.config.consumed_only:
+            scores_RC = self.new_items(scores_RC, self.is_new(items_RC))
         return items_RC, scores_RC
+
+    def is_new(self, items: Tensor) -> Tensor:
+        """Return whether items are some that nobody consumed in training; False for filling."""
+        return (items != NO_ITEM) & ~self.consumed_N1[items.clamp(min=0), 0]
+
+    def log_odds_of_new(self, items_PC: Tensor, scores_PC: Tensor) -> Tensor:
+        """Return the log-odds (P,) of the new ones among items, as training alone would have them.
+
+        Args:
+            items_PC: int64 items below the first codes of targets, -1 for filling.
+            scores_PC: their scores, with the bias of new items as it is (`scores_below`).
+        """
+        is_new_PC = self.is_new(items_PC)
+        scores_PC = scores_PC - self.new_items.value_1 * is_new_PC
+        new_P = scores_PC.masked_fill(~is_new_PC, -torch.inf).logsumexp(1)
+        return new_P - scores_PC.masked_fill(is_new_PC, -torch.inf).logsumexp(1)
 
     def scores_after(
         self,

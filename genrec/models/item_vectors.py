@@ -40,8 +40,8 @@ class ItemVectorsConfig(ItemPositionsConfig):
     among the candidates: items that are rare or new then rank by their codes."""
     consumed_only: bool = False
     """Train the choice of an item among those that someone consumed in training. The others are new
-    rather than disliked: as negatives of every step they would learn to lose. Of their content they
-    keep what items that join later keep (`content_half_at`)."""
+    rather than disliked: as negatives of every step they would learn to lose. How likely they are
+    is learned from the validation targets instead, in one number (`genrec.models.new_items`)."""
     content: bool = False
     """Add a linear map, learned, of the vector that the item's features gave: items with like texts
     then help one another, rare and new ones most. Features made of interactions are left out: they
@@ -50,8 +50,9 @@ class ItemVectorsConfig(ItemPositionsConfig):
     content_half_at: float | None = Field(default=None, gt=0)
     """Training interactions after which an item keeps half of its content: with h, an item that was
     consumed n times keeps h / (h + n) of it, whoever training does not know all of it; what joins
-    later, with `consumed_only` also who training does not know, keeps the mean over the training
-    interactions. None: all of it, always. Without `content` it changes nothing."""
+    later keeps the mean over the training interactions. With `consumed_only` both keep the mean
+    over the items that training knows. None: all of it, always. Without `content` it changes
+    nothing."""
 
     @property
     def needs_vectors(self) -> bool:
@@ -139,9 +140,13 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         config = self.config
         content = None
         if vectors_NE.shape[1]:
-            half_at = config.content_half_at
-            content = Content(vectors_NE, config.d_model, config.init_std, half_at=half_at)
-            content = content.to(self.device)
+            content = Content(
+                vectors_NE,
+                config.d_model,
+                config.init_std,
+                half_at=config.content_half_at,
+                new_as_rare=config.consumed_only,
+            ).to(self.device)
         self.register_module("content", content)
 
     def meet_items(self, counts_N: np.ndarray, *, more: bool = False) -> None:
@@ -151,7 +156,7 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
             met_N1 = found_N[:, None] > 0
             self.consumed_N1.copy_(met_N1 | self.consumed_N1 if more else met_N1)
         if content := self._content():
-            content.meet_items(found_N, more=more, mean_for_new=config.consumed_only)
+            content.meet_items(found_N, more=more)
 
     @property
     def reads_content(self) -> bool:

@@ -19,7 +19,7 @@ from genrec.errors import ArtifactError
 log = runtime.get_logger(__name__)
 
 # Raise when a change of code makes cached results of a stage wrong.
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 @dataclass

@@ -6,16 +6,21 @@ the protocol's unmasked rows; it never touches test targets.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from genrec.data.interactions import Examples
 from genrec.decoding import CSRIndex
 from genrec.evaluation import metrics
-from genrec.inference import context_of, search
-from genrec.models.base import Backbone
+from genrec.inference import context_of, evaluating, read_batch, search
+from genrec.models.base import Backbone, Batch
 
 K = 10
+BATCH_SIZE = 64
 
 
 class Validator:
@@ -40,10 +45,23 @@ class Validator:
         self.constraint = constraint
         self.width = width
 
+    def show_targets(self, model: Backbone) -> None:
+        """Let a model that learns from these targets do so; every process shows it all of them."""
+        with evaluating(model):
+            model.meet_targets(self._batches(model))
+
+    def _batches(self, model: Backbone) -> Iterator[Batch]:
+        histories, context = self.examples.histories(), context_of(model, self.examples)
+        order = np.argsort([len(history) for history in histories], kind="stable")
+        targets = torch.from_numpy(np.asarray(self.examples.target_rows, dtype=np.int64))
+        for start in range(0, len(order), BATCH_SIZE):
+            chosen = order[start : start + BATCH_SIZE]
+            batch = read_batch(model, histories, chosen, context)
+            yield replace(batch, target_B=targets[chosen]).to(model.device)
+
     def __call__(self, model: Backbone, accelerator: Accelerator) -> dict[str, float]:
         """Return {"ndcg@10", "recall@10", "certified"}; every process searches its share."""
-        import torch
-
+        self.show_targets(model)
         share = np.arange(accelerator.process_index, len(self.examples), accelerator.num_processes)
         mine = self.examples.select(share)
         k = min(K, self.constraint.num_items)
