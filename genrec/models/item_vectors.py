@@ -186,18 +186,18 @@ class ItemVectorsBackbone(ItemPositionsBackbone):
         return self._made(rows)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; training forgets the item table.
+        """Set the mode, and forget the item table.
 
-        Fused optimizers change weights without a note that the table could be compared with.
+        Fused optimizers change weights without a note that the table could be compared with, and
+        some training (preferences) never leaves evaluation mode.
         """
-        if mode:
-            self._made_table = None
+        self._made_table = None
         return super().train(mode)
 
     def item_table(self) -> Tensor:
         """Return the vectors of all items, (N, D), made once for the weights as they are.
 
-        The same tensor until a weight changes or training begins; without gradients.
+        The same tensor until a weight changes or a mode is set; without gradients.
         """
         weights = [self.embedding.weight]
         weights += [self.own.weight, self.consumed_N1] if self.config.item_vectors else []
