@@ -22,6 +22,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from genrec.errors import TrainingError, UserError
+from genrec.inference import evaluating
 from genrec.item_index import END, ItemIndex
 from genrec.models.base import FIRST_TOKEN, Batch
 from genrec.models.scratch import ScratchBackbone
@@ -231,10 +232,10 @@ def spliced_loss(
     history_BH = torch.where(history_BH < 0, -1, history_BH + num_items).to(model.device)
     codes_BL = model.tokens_NL[target_B.to(model.device)] - FIRST_TOKEN
     frozen = {name: weight.detach() for name, weight in model.named_parameters(prefix="model")}
-    training = model.training
-    model.eval()
-    loss: Tensor = functional_call(_TargetLoss(model), {**frozen, **tables}, (history_BH, codes_BL))
-    model.train(training)
+    with evaluating(model):
+        loss: Tensor = functional_call(
+            _TargetLoss(model), {**frozen, **tables}, (history_BH, codes_BL)
+        )
     return loss
 
 
