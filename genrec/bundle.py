@@ -101,6 +101,13 @@ def load_model(path: str | Path, index: ItemIndex, *, base: str | None = None) -
     return model.eval()
 
 
+def history_of(artifact: Artifact) -> int:
+    """Return how many items of a history a saved model reads at most."""
+    config: Any = parse_component(BACKBONES, artifact.config, path="model")[1]
+    limit: int = config.max_history
+    return limit
+
+
 def _with_new_items(artifact: Artifact, model: Backbone, num_items: int) -> dict[str, np.ndarray]:
     """Return a model's arrays; after `genrec tokenize --add`, with zeros for the added items."""
     arrays = dict(artifact.arrays)

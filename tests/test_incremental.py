@@ -13,7 +13,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from genrec.artifacts import load_artifact
+from genrec.artifacts import Artifact, load_artifact
+from genrec.bundle import history_of
 from genrec.cli import main
 from genrec.data import Catalog, Dataset, Interactions
 from genrec.data.interactions import TEST, TRAIN, VALID
@@ -149,6 +150,42 @@ def test_an_update_forgets_no_item_that_the_model_knew(tmp_path: Path) -> None:
     going_on = Incremental.Config(epochs=1, start_from=str(tmp_path / "old"), new_from=1)
     after = trained("new", of_users(slice(20, 26)), going_on)
     assert (after | first).equal(after) and after.sum() > first.sum()
+
+
+def test_an_update_reads_as_much_as_the_model_was_made_for(tmp_path: Path) -> None:
+    """Also where the rule would give the new data longer histories."""
+    everything = make_dataset()
+    codes = np.stack(np.divmod(np.arange(NUM_ITEMS), 5), axis=1).astype(np.int32)
+    index = ItemIndex(everything.catalog.item_ids, codes, (6, 5))
+    model = Hierarchical.Config(
+        d_model=8, num_layers=1, d_ff=8, num_heads=2, items_from=1, repeat_bias=True,
+        max_history=8, halve_history_to=2,
+    )  # fmt: skip
+
+    def trained(name: str, dataset: Dataset, trainer: Trainer.Config) -> Artifact:
+        stages.train(
+            tmp_path / name, dataset, index, model, trainer, seed=1, key=name,
+            accelerator=Accelerator(cpu=True),
+        )  # fmt: skip
+        return load_artifact(tmp_path / name, kind="model")
+
+    events = everything.interactions
+    place_M = np.arange(len(events)) - events.offsets[events.user_rows]
+    first_M = place_M < 4  # the first four of each user
+    counts = np.bincount(events.user_rows[first_M], minlength=events.num_users)
+    early = Interactions(
+        events.item_rows[first_M],
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        events.timestamps[first_M],
+        np.full(int(first_M.sum()), TRAIN, events.splits.dtype),
+        NUM_ITEMS,
+    )
+    short = replace(everything, interactions=early)
+    artifact = trained("old", short, Trainer.Config(epochs=1))
+    assert history_of(artifact) == 4 and artifact.config["halve_history_to"] is None
+    assert history_of(trained("fresh", everything, Trainer.Config(epochs=1))) == 8
+    going_on = Incremental.Config(epochs=1, start_from=str(tmp_path / "old"), new_from=1)
+    assert history_of(trained("new", everything, going_on)) == 4
 
 
 def run(arguments: list[str]) -> None:

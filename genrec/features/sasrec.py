@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from genrec.config import StrictConfig
+from genrec.data.history_length import HistoryConfig
 from genrec.errors import TrainingError, UserError
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MIN_TO_HOLD_OUT = 3
 
 
-class SASRecConfig(StrictConfig):
-    """Settings of SASRec and its training."""
+class SASRecConfig(HistoryConfig):
+    """Settings of SASRec and its training (`max_history` in the paper: 50, MovieLens 200)."""
 
     d_model: int = Field(default=64, ge=1)
     """Width D of item embeddings and hidden states."""
@@ -39,8 +39,6 @@ class SASRecConfig(StrictConfig):
     or before it (true)."""
     dropout: float = Field(default=0.4, ge=0, lt=1)
     """Dropout on embeddings and after both sub-layers (paper: 0.2 to 0.5)."""
-    max_history: int = Field(default=50, ge=1)
-    """Last items of a history that are read (paper: 50, MovieLens 200)."""
     loss: Literal["softmax", "sampled_softmax", "bce"] = "softmax"
     """softmax: cross-entropy over all items. sampled_softmax: over the target, the items of the
     history and `num_negatives` random ones. bce: binary cross-entropy with `num_negatives` (paper:
@@ -94,7 +92,7 @@ class SASRec:
     """
 
     def __init__(self, config: SASRecConfig | None = None) -> None:
-        self.config = config or SASRecConfig()
+        self.config = self._asked = config or SASRecConfig()
         self.history: list[dict[str, float]] = []
         """One line per epoch: epoch, loss, ndcg@10, recall@10 on the validation users."""
         self._network: Any = None
@@ -114,7 +112,7 @@ class SASRec:
         """
         from genrec.features import sasrec_training as training
 
-        config = self.config
+        config = self.config = self._asked.for_histories(interactions)
         chosen, sequences = _held_out(interactions, validation, config)
         if not sequences.num_targets:
             raise TrainingError(

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from genrec.config import StrictConfig
+from genrec.data.history_length import HistoryConfig
 from genrec.errors import ConfigError, UserError
 from genrec.item_index import END, ItemIndex, level_offsets
 from genrec.models.batch import (
@@ -76,11 +76,9 @@ class Backbone(nn.Module, ABC):
         UserError: tokens whose shape or range does not fit `codebook_sizes`.
     """
 
-    class Config(StrictConfig):
+    class Config(HistoryConfig):
         """What every backbone can be told."""
 
-        max_history: int = Field(default=50, ge=1)
-        """Items of the history that the model sees; older ones are dropped."""
         softmax: Literal["level", "vocabulary", "trie"] = "level"
         """Training loss normalises over the codes of the level, over all tokens, or over those
         codes only that lead on to an item of the catalogue (as the constrained search does)."""

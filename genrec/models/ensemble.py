@@ -32,7 +32,7 @@ from genrec.models.layers import module_list
 from genrec.models.scratch import ScratchBackbone
 
 if TYPE_CHECKING:
-    from genrec.data import Catalog
+    from genrec.data import Catalog, Interactions
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,18 @@ class Ensemble(Backbone):
             """The members'."""
             found: int = self.member.max_history
             return found
+
+        def for_histories(self, training: Interactions) -> Self:
+            """Return the configuration with the `max_history` that these users give the members."""
+            return self._of(self.member.for_histories(training))
+
+        def with_max_history(self, limit: int) -> Self:
+            """Return the configuration with this `max_history` of the members."""
+            return self._of(self.member.with_max_history(limit))
+
+        def _of(self, member: Any) -> Self:
+            # A new object: `member` is kept once it is known.
+            return type(self)(name=self.name, size=self.size, of=member.to_dict())
 
         @property
         def truncation(self) -> Truncation:

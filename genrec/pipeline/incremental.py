@@ -163,7 +163,7 @@ class IncrementalRun(ModelStages):
                 rows.append(summarise(name, "test", masked, values, other, num_samples=samples))
         return {
             "dataset": results.dataset_facts(dataset),
-            "protocol": results.protocol(self.config, dataset),
+            "protocol": results.protocol(self.config, dataset, trained[STALE][0].model),
             "seeds": list(self.config.seeds),
             "rows": rows,
             "beyond_accuracy": {"k": beyond_accuracy.DEPTH, **likeness},

@@ -18,7 +18,7 @@ import polars as pl
 
 from genrec import runtime
 from genrec.artifacts import Artifact, atomic_file
-from genrec.bundle import mode_name
+from genrec.bundle import history_of, mode_name
 from genrec.data import Dataset
 from genrec.evaluation import beyond_accuracy, search_quality
 from genrec.evaluation.beyond_accuracy import Surroundings
@@ -107,7 +107,7 @@ def assemble(
     first = calibration[mode_name(options.masked[0])][0]
     return {
         "dataset": dataset_facts(dataset),
-        "protocol": protocol(config, dataset),
+        "protocol": protocol(config, dataset, runs[0].model),
         "seeds": [run.seed for run in runs],
         "rows": rows,
         "beyond_accuracy": {
@@ -139,8 +139,14 @@ def dataset_facts(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def protocol(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """Return everything that makes two results comparable or not."""
+def protocol(config: RunConfig, dataset: Dataset, model: Artifact | None = None) -> dict[str, Any]:
+    """Return everything that makes two results comparable or not.
+
+    Args:
+        config: of the run.
+        dataset: that is evaluated on.
+        model: says how much of a history it reads; None: that is left open.
+    """
     info = dataset.info
     return {
         "split": info.get("split"),
@@ -151,7 +157,7 @@ def protocol(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         "hit": "item",
         "targets": "first interaction of the split, one per user",
         "test_history": "training and validation items",
-        "max_history": config.model.to_dict().get("max_history"),
+        "max_history": None if model is None else history_of(model),
         "beam_width": config.decoding.width,
         "scoring": config.decoding.scoring,
         "masked": list(config.evaluation.masked),

@@ -113,16 +113,15 @@ def _item(values: Mapping[str, Any]) -> ListedItem:
 
 
 def explained(
-    found: list[Sample], index: ItemIndex, config: Mapping[str, Any], dataset: Dataset | None
+    found: list[Sample], index: ItemIndex, read: int | None, dataset: Dataset | None
 ) -> list[Sample]:
     """Explain samples that were recorded without what explains them.
 
-    The whole history that the model read is looked at where the data set is at hand, else the part
-    that is shown.
+    The whole history that the model read (its last `read` items, None: unknown) is looked at where
+    the data set is at hand, else the part that is shown.
     """
     if any(item.shared for sample in found for item in sample.recommended):
         return found
-    read = (config.get("model") or {}).get("max_history")
     explained = []
     for place, sample in enumerate(found):
         rows = index.rows_of([item.item_id for item in sample.history], missing="mark")

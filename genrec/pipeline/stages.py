@@ -229,9 +229,10 @@ def train(
     Checkpoints lie in `<path>.work` until the model is written; a killed call goes on from there.
     """
     check_index(dataset, index)
-    model = build_model(model_config.to_dict(), index, seed=seed)
     trainer = component(TRAINERS, trainer_config)(trainer_config, seed=seed)
     training = dataset.interactions.training()
+    model_config = trainer.sized(model_config, training)
+    model = build_model(model_config.to_dict(), index, seed=seed)
     model.meet_users(training.user_names, np.diff(training.offsets) > 0)
     trainer.start(model, index, dataset.catalog if catalog is None else catalog)
     counts_N = np.bincount(training.item_rows, minlength=len(index))

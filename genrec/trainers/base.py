@@ -85,6 +85,15 @@ class Trainer:
         """Return what an example is; by default what the model's loss reads."""
         return model.training_unit
 
+    def sized(self, config: Any, training: Interactions) -> Any:
+        """Return the configuration of the model to train, with the sizes that follow from the data.
+
+        Args:
+            config: of a backbone.
+            training: training interactions only.
+        """
+        return config.for_histories(training)
+
     def start(self, model: Backbone, index: ItemIndex, catalog: Catalog) -> None:
         """Prepare a model with fresh weights for training, and take what is needed of the items.
 

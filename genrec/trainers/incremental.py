@@ -8,7 +8,7 @@ Shapes: M interactions, U users.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -19,7 +19,7 @@ from genrec.item_index import ItemIndex
 from genrec.models.base import Backbone
 from genrec.trainers.base import Trainer
 from genrec.trainers.batching import TrainingExamples
-from genrec.trainers.trained import find_model
+from genrec.trainers.trained import find_model, sized_like
 from genrec.weights import load_model_arrays
 
 
@@ -47,6 +47,10 @@ class Incremental(Trainer):
 
     config: Config
     goes_on = True
+
+    def sized(self, config: Any, training: Interactions) -> Any:
+        """Return the configuration with the size of the model to go on from, whatever the data."""
+        return sized_like(config, self.config.start_from)
 
     def start(self, model: Backbone, index: ItemIndex, catalog: Catalog) -> None:
         """Give the model the weights to go on from.

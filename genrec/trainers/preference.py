@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from genrec.trainers.base import Trainer
 from genrec.trainers.batching import Spans, TrainingExamples
 from genrec.trainers.config import LoopConfig
 from genrec.trainers.place import Place
-from genrec.trainers.trained import find_model
+from genrec.trainers.trained import find_model, sized_like
 from genrec.weights import load_model_arrays
 
 
@@ -73,6 +73,10 @@ class Preference(Trainer):
     def unit(self, model: Backbone) -> Literal["target", "sequence"]:
         """Return "target": a choice is one history and what followed it."""
         return "target"
+
+    def sized(self, config: Any, training: Interactions) -> Any:
+        """Return the configuration with the size of the model to go on from, whatever the data."""
+        return sized_like(config, self.config.start_from)
 
     def start(self, model: Backbone, index: ItemIndex, catalog: Catalog) -> None:
         """Give the model the weights that tuning starts from.
