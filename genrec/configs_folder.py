@@ -9,8 +9,12 @@ from genrec.errors import ConfigError, nearest
 _PLACES = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, *, key: str = "config") -> Path:
     """Return the path of a ready configuration such as "demo".
+
+    Args:
+        name: without folder and ending.
+        key: what the name was given as, for the error.
 
     Raises:
         ConfigError: there is none of that name; lists the names there are.
@@ -22,6 +26,6 @@ def find_config(name: str) -> Path:
     if not path.is_file():
         names = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ConfigError(
-            f"config: got {name!r}, expected one of {', '.join(names)}.{nearest(name, names)}"
+            f"{key}: got {name!r}, expected one of {', '.join(names)}.{nearest(name, names)}"
         )
     return path

@@ -101,7 +101,9 @@ def test_a_run_is_laid_over_a_ready_configuration(tmp_path: Path) -> None:
     assert (cell.config.model.d_ff, cell.config.model.d_model) == (64, 128)
     assert cell.config.seeds == (7,)
     path.write_text(yaml.safe_dump({**text, "run": {}, "run_from": "genrek"}))
-    with pytest.raises(ConfigError, match=r"got 'genrek', expected one of .*Did you mean 'genrec'"):
+    with pytest.raises(
+        ConfigError, match=r"^run_from: got 'genrek', expected one of .*Did you mean 'genrec'"
+    ):
         load_ablation(path)
 
 

@@ -92,7 +92,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> AblationCo
         )
     run = config.run
     if config.run_from is not None:
-        run = apply_settings(load_yaml(find_config(config.run_from)), run)
+        run = apply_settings(load_yaml(find_config(config.run_from, key="run_from")), run)
     return config.model_copy(update={"run": apply_overrides(run, overrides)})
 
 
