@@ -34,8 +34,6 @@ _SASREC = {
     "d_model": 128,
     "d_ff": 256,
     "dropout": 0.5,
-    "max_history": 200,
-    "halve_history_to": 50,
     "pre_norm": True,
     "learning_rate": 1e-3,
     "weight_decay": 0.0,
