@@ -138,6 +138,8 @@ def test_the_default_generator_needs_no_texts(tmp_path: Path) -> None:
     assert "No item has a text" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
     extra = load_artifact(tmp_path / "r" / "bundle" / "model", kind="model").extra
     assert extra["backbone"]["vector_width"] == 0
+    # Of short histories it reads 50 items, not the 200 of the file; the results say so.
+    assert results["protocol"]["max_history"] == 50
     answer = Recommender.from_pretrained(tmp_path / "r" / "bundle").recommend([["3"]], k=5)
     assert len(set(answer.item_ids[0])) == 5
 

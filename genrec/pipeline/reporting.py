@@ -115,7 +115,7 @@ def gather(
         code_usage=code_usage(index),
         item_map=None if data is None else _item_map(run, data, index, vectors),
         groups=[] if data is None else group_sections(run, data),
-        samples=explained(stored(results), index, results["protocol"]["max_history"], data),
+        samples=explained(stored(results), index, results["protocol"].get("max_history"), data),
         dataset_card=_card(results, data),
         dataset_info=None if data is None else data.info,
         findings=results.get("doctor") or [],
